@@ -1,0 +1,401 @@
+"""The composition root: builds everything from the settings, starts it in order, and drains it in order.
+
+Boot: HTTP listens (not ready, saying why) -> registry locked, verified, replayed -> storage reachable and ours -> open for
+requests, jobs resumed -> broker. Drain: not ready, no new writes -> consumer cancelled, running requests finish -> HTTP
+transfers finish -> journal closed with its mark.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+import structlog
+
+from schemas.documents import openapi_bytes
+from schemas.errors import EXIT_CONFIG_INVALID, ERRORS, ModelManagerError
+from schemas.hints import head_hint, hint_of
+from worker import __version__
+from worker.cache import ModelCache
+from worker.dispatch import Dispatcher
+from worker.journal import Entry, JournalDamaged, JournalLocked
+from worker.logs import configure_logs
+from worker.metrics import Metrics
+from worker.policy import Policy
+from worker.readiness import Readiness
+from worker.registry import Registry
+from worker.service.service import ModelService
+from worker.settings import Loaded, Settings
+from worker.signing import UrlSigner
+from worker.storage.blobstore import BlobStore
+from worker.storage.disk import DiskStore
+from worker.storage.retrying import RetryingStore
+from worker.storage.s3 import S3Store
+from worker.transport.amqp import AmqpTransport
+from worker.transport.http_server import HttpServer
+from worker.upkeep.clean_up import CleanUp
+from worker.upkeep.ownership import NotOwner, take_ownership
+from worker.validation.registry import known_formats
+
+_log = structlog.get_logger()
+
+_HEAD_HINT_PERIOD_S = 60.0
+_LOCK_POLL_S = 0.5
+_PROBE_PERIOD_S = 10.0
+_EXIT_UNAVAILABLE = ERRORS["ERR_STORAGE_UNAVAILABLE"].exit_code
+_EXIT_FAILED = ERRORS["ERR_INTERNAL"].exit_code
+
+
+class BootRefused(Exception):
+    """The worker cannot start, and waiting would not help."""
+
+    def __init__(self, reason: str, exit_code: int = EXIT_CONFIG_INVALID) -> None:
+        self.exit_code = exit_code
+        super().__init__(reason)
+
+
+async def run(loaded: Loaded, stop: asyncio.Event, *, broker: bool, take_over: bool = False) -> int:
+    """Run until `stop` is set; the exit status. With `broker` as a queue worker, else as a standalone HTTP service."""
+    settings = loaded.settings
+    configure_logs(settings.log.level, settings.log.format, settings.rack)
+    for warning in loaded.warnings:
+        _log.warning("setting_ignored", reason=warning)
+    app = App(loaded, broker=broker, take_over=take_over)
+    try:
+        return await app.run(stop)
+    except BootRefused as refused:
+        _log.error("boot_refused", reason=str(refused), exit_code=refused.exit_code)
+        return refused.exit_code
+
+
+def build_store(settings: Settings, observe: Any) -> BlobStore:
+    """The blob store of the settings, with retries around it."""
+    timeout = settings.timeouts.storage
+    if settings.storage.backend == "disk":
+        return RetryingStore(DiskStore(settings.storage.path, observe=observe), observe=observe)
+    s3 = settings.storage.s3
+    store = S3Store(
+        endpoint_url=s3.endpoint_url,
+        bucket=s3.bucket or "",
+        prefix=settings.rack if s3.prefix is None else s3.prefix,
+        region=s3.region,
+        public_endpoint_url=s3.public_endpoint_url,
+        timeout_s=timeout,
+        observe=observe,
+    )
+    return RetryingStore(store, observe=observe)
+
+
+def build_policy(settings: Settings) -> Policy:
+    formats = known_formats() if settings.supported_formats is None else frozenset(settings.supported_formats)
+    return Policy(
+        rack=settings.rack,
+        formats=formats,
+        max_model_size=settings.max_model_size,
+        max_inline_size=settings.max_inline_size,
+        allow_pickle=settings.allow_pickle,
+        check_formats=settings.model_validation_enabled,
+        check_checksums=settings.checksum_validation,
+        peers=settings.replication.peers,
+        replication_factor=settings.replication_factor,
+        undo_s=settings.limits.undo_seconds,
+        upload_s=settings.limits.upload_seconds,
+        url_s=settings.limits.url_seconds,
+    )
+
+
+class App:
+    """One worker. The attributes are its parts, in the order in which they depend on each other."""
+
+    def __init__(self, loaded: Loaded, *, broker: bool, take_over: bool = False) -> None:
+        settings = self._settings = loaded.settings
+        self._take_over = take_over
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failed = asyncio.Event()
+        self.metrics = Metrics(settings.rack)
+        self.readiness = Readiness()
+        self.signer = UrlSigner(secrets.token_bytes(32))
+        self.store = build_store(settings, self.metrics.storage(settings.storage.backend))
+        self.cache = ModelCache(settings.cache.max_entries, settings.cache.max_bytes)
+        self.registry = Registry(settings.registry.path, observe=self.metrics.journal)
+        self.service = ModelService(
+            self.registry,
+            self.store,
+            build_policy(settings),
+            self.cache,
+            self.readiness,
+            get_url=lambda path, seconds: self._signed_url("GET", path, seconds),
+            put_url=lambda path, seconds: self._signed_url("PUT", path, seconds),
+            job_places=settings.limits.jobs,
+        )
+        self.dispatcher = Dispatcher(
+            self.service,
+            self.registry,
+            self.metrics,
+            lookups=settings.limits.lookups,
+            writes=settings.limits.writes,
+        )
+        self.clean_up = CleanUp(
+            self.registry,
+            self.store,
+            self.service.uploads,
+            period_s=settings.limits.clean_up_seconds,
+            removed=self.metrics.blob_removed,
+        )
+        self.http = HttpServer(
+            host=settings.http.host,
+            port=settings.http.port,
+            token=loaded.token,
+            dispatcher=self.dispatcher,
+            service=self.service,
+            readiness=self.readiness,
+            metrics=self._render_metrics,
+            version_info={"name": "wrk-model-manager", "version": __version__, "revision": _revision()},
+            signer=self.signer,
+            header_timeout_s=settings.timeouts.http_header,
+            idle_timeout_s=settings.timeouts.http_idle,
+            openapi=openapi_bytes(),
+            observe=self.metrics.http,
+        )
+        self.amqp: AmqpTransport | None = None
+        if broker:
+            self.amqp = AmqpTransport(
+                url=loaded.amqp_url,
+                rack=settings.rack,
+                provision=settings.amqp.provision,
+                dispatcher=self.dispatcher,
+                prefetch=settings.limits.prefetch,
+                observe=self.metrics.amqp,
+            )
+            self.registry.listen(self._announce)
+
+    async def run(self, stop: asyncio.Event) -> int:
+        """Boot, serve until `stop` or a failure, drain."""
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            booting = asyncio.create_task(self._boot())
+            await asyncio.wait([booting, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if booting.done():
+                booting.result()
+                failing = asyncio.create_task(self._failed.wait())
+                await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
+                failing.cancel()
+            else:
+                booting.cancel()
+                await asyncio.wait([booting])
+        finally:
+            stopping.cancel()
+            await self._drain()
+        return _EXIT_FAILED if self._failed.is_set() else 0
+
+    # --- boot ---
+
+    async def _boot(self) -> None:
+        self.readiness.set("registry", False, "not open yet")
+        self.readiness.set("storage", False, "not looked at yet")
+        if self.amqp is not None:
+            self.readiness.set("broker", False, "not connected yet")
+        listening = await self._listen(again=False)
+        await self._open_registry()
+        if not listening:
+            await self._listen(again=True)
+        await self._reach_storage()
+        await self._own_storage()
+        self.registry.start()
+        self.readiness.set("registry", True)
+        resumed = self.service.jobs.resume()
+        self._background(self.clean_up.run(), "clean-up")
+        self._background(self._watch(), "watch")
+        if self.amqp is not None:
+            await self.amqp.start()
+            self._background(self._tell_head(), "head hints")
+        _log.info(
+            "worker_started",
+            version=__version__,
+            storage=self.store.backend,
+            models=self.registry.catalog.totals.models,
+            versions=self.registry.catalog.totals.versions,
+            replay_seconds=round(self.registry.replay_seconds, 3),
+            jobs_resumed=resumed,
+            http=self._base_url(),
+        )
+
+    async def _listen(self, *, again: bool) -> bool:
+        """Whether HTTP listens. A taken port is waited for once: the process that holds the lock may hold it too."""
+        try:
+            await self.http.start()
+        except OSError as error:
+            address = f"{self._settings.http.host}:{self._settings.http.port}"
+            if again:
+                raise BootRefused(f"cannot listen on {address}: {error.strerror}") from None
+            _log.warning("http_address_taken", address=address, reason=error.strerror)
+            return False
+        return True
+
+    async def _open_registry(self) -> None:
+        """Lock and replay; wait while another process holds the lock."""
+        waiting = False
+        while True:
+            try:
+                await asyncio.to_thread(self.registry.open)
+            except JournalLocked as locked:
+                self.readiness.set("registry", False, "another process holds the registry's lock")
+                if not waiting:
+                    _log.warning("waiting_for_lock", reason=str(locked))
+                waiting = True
+                await asyncio.sleep(_LOCK_POLL_S)
+            except JournalDamaged as damaged:
+                raise BootRefused(f"the journal is damaged: {damaged}") from None
+            except OSError as error:
+                raise BootRefused(
+                    f"the registry cannot be opened: {error.strerror}: {error.filename}", _EXIT_UNAVAILABLE
+                ) from None
+            else:
+                self.metrics.replayed(self.registry.replay_seconds)
+                return
+
+    async def _reach_storage(self) -> None:
+        """Wait until the store answers; a bucket that is not there is refused at once."""
+        while True:
+            try:
+                await self.store.probe()
+            except ModelManagerError as error:
+                self.readiness.set("storage", False, error.message)
+                if "bucket" in error.details:
+                    raise BootRefused(error.message, _EXIT_UNAVAILABLE) from None
+                _log.warning("waiting_for_storage", reason=error.message)
+                await asyncio.sleep(_LOCK_POLL_S)
+            else:
+                self.readiness.set("storage", True)
+                return
+
+    async def _own_storage(self) -> None:
+        journal = self.registry.journal
+        try:
+            await take_ownership(
+                self.store,
+                rack=self._settings.rack,
+                registry_id=journal.registry_id,
+                epoch=journal.epoch,
+                take_over=self._take_over,
+            )
+        except NotOwner as error:
+            raise BootRefused(str(error)) from None
+        except ModelManagerError as error:
+            raise BootRefused(error.message, _EXIT_UNAVAILABLE) from None
+
+    # --- while it runs ---
+
+    def _background(self, work: Any, name: str) -> None:
+        """Run a side task; its death stops the worker rather than leaving it half alive."""
+        task: asyncio.Task[None] = asyncio.create_task(work, name=name)
+        self._tasks.append(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                _log.error("side_task_died", task=name, exc_info=task.exception())
+                self._failed.set()
+
+        task.add_done_callback(ended)
+
+    async def _watch(self) -> None:
+        """Keep readiness true to the journal, the broker and the store; measure the loop's lag."""
+        probed = time.monotonic()
+        while True:
+            started = time.monotonic()
+            await asyncio.sleep(0.5)
+            self.metrics.loop_lag(max(0.0, time.monotonic() - started - 0.5))
+            journal = self.registry.journal
+            if not journal.healthy:
+                self.readiness.set("registry", False, journal.failure or "the journal failed")
+                self._failed.set()
+            if self.amqp is not None:
+                status = self.amqp.status
+                self.readiness.set("broker", status.connected and status.consuming, status.reason)
+            if time.monotonic() - probed > _PROBE_PERIOD_S:
+                probed = time.monotonic()
+                await self._probe_storage()
+
+    async def _probe_storage(self) -> None:
+        try:
+            await self.store.probe()
+        except ModelManagerError as error:
+            self.readiness.set("storage", False, error.message)
+        else:
+            self.readiness.set("storage", True)
+
+    def _announce(self, entry: Entry) -> None:
+        assert self.amqp is not None
+        hint = hint_of(
+            entry.op,
+            entry.record,
+            rack=self._settings.rack,
+            epoch=self.registry.journal.epoch,
+            sequence=entry.sequence,
+            time_ms=entry.time_ms,
+        )
+        if hint is not None:
+            self.amqp.announce(hint)
+
+    async def _tell_head(self) -> None:
+        assert self.amqp is not None
+        while True:
+            journal = self.registry.journal
+            now = time.time_ns() // 1_000_000
+            self.amqp.announce(
+                head_hint(rack=self._settings.rack, epoch=journal.epoch, head=journal.head, time_ms=now)
+            )
+            await asyncio.sleep(_HEAD_HINT_PERIOD_S)
+
+    def _base_url(self) -> str:
+        http = self._settings.http
+        if http.public_url is not None:
+            return http.public_url.rstrip("/")
+        host = f"[{http.host}]" if ":" in http.host else http.host
+        return f"http://{host}:{self.http.port}"
+
+    def _signed_url(self, verb: str, path: str, seconds: int) -> str:
+        query = self.signer.sign(verb, path, expires=int(time.time()) + seconds)
+        return f"{self._base_url()}{path}?{query}"
+
+    def _render_metrics(self) -> tuple[str, bytes]:
+        if self.registry.opened:
+            self.metrics.mirror(self.registry, self.cache, self.service.jobs, self.readiness)
+        return self.metrics.render()
+
+    # --- the end ---
+
+    async def _drain(self) -> None:
+        timeout = self._settings.timeouts.drain
+        deadline = time.monotonic() + timeout
+        self.readiness.set("draining", False, "the worker is shutting down")
+        self.dispatcher.draining = True
+        self.http.begin_drain()
+        for task in self._tasks:
+            task.cancel()
+        if self.amqp is not None:
+            await self._step(self.amqp.drain(timeout))
+        await self._step(self.service.jobs.stop())
+        await self._step(self.http.stop(max(0.1, deadline - time.monotonic())))
+        if self.amqp is not None:
+            await self._step(self.amqp.close())
+        await self._step(self.registry.close())
+        await self._step(self.store.close())
+        _log.info("worker_stopped")
+
+    async def _step(self, work: Awaitable[Any]) -> None:
+        """One step of the drain: a failure is told, and the next steps still run."""
+        try:
+            await work
+        except Exception:  # noqa: BLE001 - the journal must be closed whatever else goes wrong
+            _log.exception("drain_step_failed")
+
+
+def _revision() -> str:
+    return os.environ.get("MODEL_MANAGER_REVISION", "unknown")
+
+

@@ -1,0 +1,140 @@
+"""What the catalog keeps of a version, a model, an upload and a job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from schemas.ids import digest_of
+from schemas.journal import PlannedFile, StoredFile
+from schemas.model import File, ListedVersion, State
+from schemas.rpc import JobState, MetadataReply
+from schemas.wire import timestamp
+
+
+@dataclass(slots=True)
+class VersionEntry:
+    """A stored version. `checksum` is sha256 in hex, times are unix milliseconds, `sequence` is its `store` record's.
+
+    `deleted_at` is set from a delete until a restore or the end of the undo window, at which the entry goes.
+    """
+
+    model: str
+    version: str
+    type: str
+    files: tuple[StoredFile, ...]
+    metadata: dict[str, Any]
+    checksum: str
+    size: int
+    created: int
+    origin: str
+    replicas: tuple[str, ...]
+    sequence: int
+    revision: int = 1
+    quarantined: bool = False
+    deleted_at: int | None = None
+    restorable_until: int | None = None
+
+    @property
+    def state(self) -> State:
+        if self.deleted_at is not None:
+            return "deleted"
+        return "quarantined" if self.quarantined else "available"
+
+    def file_views(self) -> list[File]:
+        return [file_view(file) for file in self.files]
+
+    def listed(self, aliases: list[str]) -> ListedVersion:
+        return {
+            "modelId": self.model,
+            "version": self.version,
+            "type": self.type,
+            "checksum": digest_of(self.checksum),
+            "size": self.size,
+            "createdAt": timestamp(self.created),
+            "revision": self.revision,
+            "aliases": aliases,
+            "state": self.state,
+            "metadata": self.metadata,
+        }
+
+    def described(self, aliases: list[str]) -> MetadataReply:
+        return {
+            "success": True,
+            "modelId": self.model,
+            "version": self.version,
+            "metadata": self.metadata,
+            "revision": self.revision,
+            "checksum": digest_of(self.checksum),
+            "size": self.size,
+            "files": self.file_views(),
+            "aliases": aliases,
+            "replicas": list(self.replicas),
+            "state": self.state,
+            "createdAt": timestamp(self.created),
+        }
+
+
+def file_view(file: StoredFile) -> File:
+    """A stored file as replies show it."""
+    return {
+        "path": file["path"],
+        "size": file["size"],
+        "checksum": digest_of(file["sha256"]),
+        "mediaType": file["mediaType"],
+        "storageKey": file["key"],
+    }
+
+
+@dataclass(slots=True)
+class ModelEntry:
+    """A model: its versions in the order they were stored, its aliases, and how many versions are not deleted."""
+
+    id: str
+    live: int = 0
+    versions: dict[str, VersionEntry] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def latest(self) -> VersionEntry | None:
+        """The version stored last among those that are not deleted."""
+        return next((entry for entry in reversed(self.versions.values()) if entry.deleted_at is None), None)
+
+    def aliases_of(self, version: str) -> list[str]:
+        return sorted(alias for alias, target in self.aliases.items() if target == version)
+
+
+@dataclass(slots=True)
+class UploadEntry:
+    """An upload. `stored_files` are there once it is completed: verified bytes that wait for `storeModel`."""
+
+    id: str
+    model: str
+    version: str
+    files: tuple[PlannedFile, ...]
+    expires: int
+    state: Literal["open", "completed", "stored", "aborted", "expired"] = "open"
+    stored_files: tuple[StoredFile, ...] = ()
+
+    @property
+    def keys(self) -> list[str]:
+        """The storage keys this upload needs to stay: what it brings or found present, while it is not over."""
+        if self.state == "completed":
+            return [file["key"] for file in self.stored_files]
+        return [file["key"] for file in self.files if "key" in file] if self.state == "open" else []
+
+
+@dataclass(slots=True)
+class JobEntry:
+    """A job. `ended` is false until its end is recorded."""
+
+    id: str
+    method: str
+    params: dict[str, Any]
+    created: int
+    state: JobState = "queued"
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state not in ("queued", "running")

@@ -1,0 +1,235 @@
+"""From a method's name and bytes to its reply: the one way in for every transport.
+
+Parses, admits (two bounded lanes, so that lookups never wait behind writes), keeps the deadline, answers repeats,
+renders errors, counts and logs. Handlers return or raise; nobody else renders an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import structlog
+from pydantic import ValidationError
+from schemas.deadline import deadline as deadline_of_request
+
+from schemas.errors import ModelManagerError
+from schemas.journal import Idempotency
+from schemas.model import Wire
+from schemas.rpc import METHODS, Method
+from schemas.wire import canonical, parse_object
+from worker.context import Context
+from worker.registry import Registry
+from worker.service.service import ModelService
+
+_log = structlog.get_logger()
+
+_PROBLEMS_SHOWN = 10
+_WAITING_PER_PLACE = 4
+_CHANGES_READERS = 1000
+
+
+class RequestObserver(Protocol):
+    """Told of every request."""
+
+    def request_started(self, method: str) -> None: ...
+
+    def request_ended(self, method: str, code: str, seconds: float) -> None: ...
+
+    def request_repeated(self) -> None: ...
+
+
+class Lane:
+    """A bounded number of places with a bounded waiting room; beyond that, ERR_OVERLOADED."""
+
+    def __init__(self, name: str, places: int) -> None:
+        self._name = name
+        self._places = asyncio.Semaphore(places)
+        self._inside_max = places * (1 + _WAITING_PER_PLACE)
+        self._inside = 0
+        self._recent_s = 0.05  # what a request took lately, for the advice when to come back
+
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        if self._inside >= self._inside_max:
+            raise ModelManagerError("ERR_OVERLOADED", retryAfterMs=max(50, int(self._recent_s * 1000)), lane=self._name)
+        self._inside += 1
+        try:
+            async with self._places:
+                started = time.monotonic()
+                yield
+                self._recent_s += 0.1 * (time.monotonic() - started - self._recent_s)
+        finally:
+            self._inside -= 1
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request that is being handled, for repeats that arrive meanwhile."""
+
+    request_hash: str
+    outcome: asyncio.Future[dict[str, Any]]
+
+
+class Dispatcher:
+    """Requests are refused before the registry is open, and writes while `draining`."""
+
+    def __init__(
+        self, service: ModelService, registry: Registry, observe: RequestObserver, *, lookups: int, writes: int
+    ) -> None:
+        self._service = service
+        self._registry = registry
+        self._observe = observe
+        self._lanes = {"lookup": Lane("lookup", lookups), "write": Lane("write", writes)}
+        self._changes = Lane("changes", _CHANGES_READERS)
+        self._running: dict[str, _Running] = {}
+        self.draining = False
+
+    async def answer(self, method: str, body: bytes, context: Context) -> dict[str, Any]:
+        """The reply body for a request's bytes. Never raises but CancelledError."""
+        try:
+            return await self._call(method, body, context)
+        except ModelManagerError as error:
+            return error.body()
+
+    async def call(self, method: str, params: dict[str, Any], context: Context) -> dict[str, Any]:
+        """The reply body for parsed JSON params; raises ModelManagerError and nothing else."""
+        return await self._call(method, params, context)
+
+    async def _call(self, method: str, body: bytes | dict[str, Any], context: Context) -> dict[str, Any]:
+        known = METHODS.get(method)
+        async with self._observed("unknown" if known is None else method, context):
+            if known is None:
+                raise ModelManagerError("ERR_UNKNOWN_METHOD", f"There is no method {method[:64]!r}.")
+            params = parse_params(known, parse_object(body) if isinstance(body, bytes) else body)
+            if not known.effect or context.idempotency_key is None:
+                return await self._run(known, params, context)
+            return await self._once(known, params, context)
+
+    @contextlib.asynccontextmanager
+    async def admit(self, method: str, context: Context) -> AsyncIterator[None]:
+        """For streams that do not go through `call`: the same lanes, deadline, counting and errors."""
+        async with self._observed(method, context), self._admitted(METHODS[method], context):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _observed(self, method: str, context: Context) -> AsyncIterator[None]:
+        started = time.monotonic()
+        code = "ERR_CANCELLED"
+        self._observe.request_started(method)
+        try:
+            yield
+            code = "ok"
+        except ModelManagerError as error:
+            code = error.code
+            raise
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            code = "ERR_INTERNAL"
+            _log.exception("request_failed", op=method, correlation_id=context.correlation_id)
+            raise ModelManagerError("ERR_INTERNAL") from error
+        finally:
+            seconds = time.monotonic() - started
+            self._observe.request_ended(method, code, seconds)
+            _log.debug("request", op=method, code=code, ms=round(seconds * 1000, 2), transport=context.transport)
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, method: Method, context: Context) -> AsyncIterator[None]:
+        if self.draining and method.lane == "write":
+            raise ModelManagerError("ERR_SHUTTING_DOWN")
+        if not self._registry.opened:
+            raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "The worker is starting: its registry is not open yet.")
+        lane = self._changes if method.name == "getChanges" else self._lanes[method.lane]
+        token = deadline_of_request.set(context.deadline)
+        try:
+            remaining = None if context.deadline is None else context.deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                raise ModelManagerError("ERR_DEADLINE_EXCEEDED")
+            async with asyncio.timeout(remaining), lane.place():
+                yield
+        except TimeoutError:
+            raise ModelManagerError("ERR_DEADLINE_EXCEEDED") from None
+        finally:
+            deadline_of_request.reset(token)
+
+    async def _run(self, method: Method, params: Wire, context: Context) -> dict[str, Any]:
+        async with self._admitted(method, context):
+            reply: dict[str, Any] = await self._service.handlers[method.name](params, context)
+            return reply
+
+    # --- repeats ---
+
+    async def _once(self, method: Method, params: Wire, context: Context) -> dict[str, Any]:
+        """Run a request that has an idempotency key: one effect, one answer, however often it comes."""
+        idempotency = _idempotency(method, params, context)
+        key, request_hash = idempotency["key"], idempotency["hash"]
+        running = self._running.get(key)
+        if running is not None:
+            return await self._attach(running, request_hash)
+        running = self._running[key] = _Running(request_hash, asyncio.get_running_loop().create_future())
+        try:
+            entry = await self._registry.recorded(idempotency) if self._registry.opened else None
+            if entry is not None:
+                self._observe.request_repeated()
+                reply = await self._service.repeat(method.name, entry, params)
+            else:
+                reply = await self._run(method, params, replace(context, idempotency=idempotency))
+            running.outcome.set_result(reply)
+            return reply
+        except BaseException as error:
+            known = isinstance(error, ModelManagerError)
+            running.outcome.set_exception(error if known else ModelManagerError("ERR_SHUTTING_DOWN"))
+            running.outcome.exception()  # looked at: nobody may be attached
+            raise
+        finally:
+            del self._running[key]
+
+    async def _attach(self, running: _Running, request_hash: str) -> dict[str, Any]:
+        if running.request_hash != request_hash:
+            raise ModelManagerError("ERR_CONFLICT", "This idempotency key is in use for another request.")
+        self._observe.request_repeated()
+        return await asyncio.shield(running.outcome)
+
+
+def _idempotency(method: Method, params: Wire, context: Context) -> Idempotency:
+    request = [method.name, params.model_dump(mode="json", by_alias=True, exclude_unset=True)]
+    key = f"{context.caller}\0{context.idempotency_key}".encode()
+    return {
+        "key": hashlib.sha256(key).hexdigest()[:32],
+        "hash": hashlib.sha256(canonical(request)).hexdigest(),
+    }
+
+
+def parse_params(method: Method, params: dict[str, Any]) -> Wire:
+    """The parameters, checked; the error's code tells which part of the request is wrong."""
+    try:
+        return method.params.model_validate(params)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        shown = [
+            {"path": ".".join(str(part) for part in problem["loc"]), "message": _reason(problem["msg"])}
+            for problem in problems[:_PROBLEMS_SHOWN]
+        ]
+        first = shown[0]
+        message = f"{first['path']}: {first['message']}" if first["path"] else first["message"]
+        raise ModelManagerError(_code(problems[0]["loc"]), message, errors=shown) from None
+
+
+def _reason(message: str) -> str:
+    return message.removeprefix("Value error, ")[:300]
+
+
+def _code(place: tuple[int | str, ...]) -> str:
+    match place:
+        case ("metadata", *_):
+            return "ERR_INVALID_METADATA"
+        case ("modelData", *_) | ("files", _, "data", *_):
+            return "ERR_INVALID_MODEL_DATA"
+        case _:
+            return "ERR_INVALID_REQUEST"

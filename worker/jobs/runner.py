@@ -1,0 +1,161 @@
+"""Jobs: long work that is accepted at once, recorded, and outlives the request and the process.
+
+Begin and end are records; a job that has no end at boot is started again, so the body of a job must be able to find its
+effect already there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import structlog
+
+from schemas.errors import ERRORS, ModelManagerError
+from schemas.ids import new_ulid
+from schemas.journal import JobBeginRecord
+from schemas.rpc import JobStatus
+from worker.catalog.entries import JobEntry
+from worker.context import Context
+from worker.registry import Change, Registry
+
+_log = structlog.get_logger()
+
+Progress = Callable[[str, int], None]
+Body = Callable[[dict[str, Any], Progress], Awaitable[dict[str, Any]]]
+
+
+class Jobs:
+    """Runs the bodies, at most `places` at once."""
+
+    def __init__(self, registry: Registry, bodies: dict[str, Body], *, places: int) -> None:
+        self._registry = registry
+        self._bodies = bodies
+        self._places = asyncio.Semaphore(places)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._progress: dict[str, dict[str, int]] = {}
+        self._stopping = False
+
+    async def begin(self, method: str, params: dict[str, Any], context: Context) -> str:
+        """Record a job and start it; its id. `params` are the request's, as JSON."""
+        job_id = new_ulid()
+        record: JobBeginRecord = {
+            "job": job_id,
+            "method": method,
+            "params": params,
+            "created": time.time_ns() // 1_000_000,
+        }
+        if context.idempotency is not None:
+            record["idem"] = context.idempotency
+        await self._registry.transact(job_id, lambda: Change("job.begin", record))
+        self._start(self._entry(job_id))
+        return job_id
+
+    def resume(self) -> int:
+        """Start the jobs again that an earlier process left without an end; how many."""
+        left = [job for job in self._registry.catalog.jobs.values() if not job.ended]
+        for job in left:
+            self._start(job)
+        return len(left)
+
+    async def result(self, job_id: str, wait_s: float) -> dict[str, Any]:
+        """The job's reply if it is there within `wait_s`, else `{jobId, state}`; its error is raised."""
+        await self._wait(job_id, wait_s)
+        job = self._entry(job_id)
+        if job.state == "succeeded" and job.result is not None:
+            return job.result
+        if job.state in ("failed", "cancelled"):
+            raise _error_of(job)
+        return {"success": True, "jobId": job_id, "state": self._state(job)}
+
+    async def status(self, job_id: str, wait_s: float = 0) -> JobStatus:
+        await self._wait(job_id, wait_s)
+        job = self._entry(job_id)
+        status: JobStatus = {
+            "success": True,
+            "jobId": job.id,
+            "method": job.method,
+            "state": self._state(job),
+            "progress": self._progress.get(job_id, {}),
+        }
+        if job.result is not None:
+            status["result"] = job.result
+        if job.error is not None:
+            status["error"] = job.error
+        return status
+
+    async def cancel(self, job_id: str) -> JobStatus:
+        """Ask a job to end; what it has committed stays."""
+        self._entry(job_id)
+        task = self._tasks.get(job_id)
+        if task is not None:
+            task.cancel("cancelled")
+            await asyncio.wait([task], timeout=5)
+        return await self.status(job_id)
+
+    async def stop(self) -> None:
+        """Stop the bodies without recording an end: the next process starts them again."""
+        self._stopping = True
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs are in each state."""
+        counts: dict[str, int] = {}
+        for job in self._registry.catalog.jobs.values():
+            state = self._state(job)
+            counts[state] = counts.get(state, 0) + 1
+        return counts
+
+    def _entry(self, job_id: str) -> JobEntry:
+        job = self._registry.catalog.jobs.get(job_id)
+        if job is None:
+            raise ModelManagerError("ERR_NOT_FOUND", "There is no such job.", jobId=job_id)
+        return job
+
+    def _state(self, job: JobEntry) -> Any:
+        return "running" if job.id in self._progress and not job.ended else job.state
+
+    async def _wait(self, job_id: str, wait_s: float) -> None:
+        task = self._tasks.get(job_id)
+        if task is not None and wait_s > 0:
+            await asyncio.wait([task], timeout=wait_s)
+
+    def _start(self, job: JobEntry) -> None:
+        task = asyncio.create_task(self._run(job), name=f"job {job.method} {job.id}")
+        self._tasks[job.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
+
+    async def _run(self, job: JobEntry) -> None:
+        try:
+            async with self._places:
+                progress = self._progress[job.id] = {}
+                result = await self._bodies[job.method](job.params, progress.__setitem__)
+            end: dict[str, Any] = {"job": job.id, "state": "succeeded", "result": result}
+        except asyncio.CancelledError:
+            if self._stopping:
+                return
+            error = ModelManagerError("ERR_CONFLICT", "The job was cancelled.").body()["error"]
+            end = {"job": job.id, "state": "cancelled", "error": error}
+        except ModelManagerError as error:
+            end = {"job": job.id, "state": "failed", "error": error.body()["error"]}
+        except Exception:  # noqa: BLE001 - a job ends with a record whatever its body does
+            _log.exception("job_failed", job=job.id, method=job.method)
+            end = {"job": job.id, "state": "failed", "error": ModelManagerError("ERR_INTERNAL").body()["error"]}
+        try:
+            await self._registry.transact(job.id, lambda: Change("job.end", end))
+        except ModelManagerError as error:
+            _log.error("job_end_not_recorded", job=job.id, code=error.code)  # it is started again at the next boot
+        self._progress.pop(job.id, None)
+
+
+def _error_of(job: JobEntry) -> ModelManagerError:
+    error = job.error or {}
+    code = error.get("code", "ERR_INTERNAL")
+    details = {**error.get("details", {}), "jobId": job.id}
+    return ModelManagerError(code if code in ERRORS else "ERR_INTERNAL", error.get("message", ""), **details)

@@ -1,0 +1,127 @@
+"""The journal: the record file that is the registry's only truth. This page is the specification of its format.
+
+Folder
+======
+
+```
+LOCK                                 flock(LOCK_EX) for the life of the owner; its text (pid, host) is information only
+MANIFEST                             names the files that count, in order; replaced only as a whole
+seg-<first sequence, 20 digits>.jsonl   segments: sealed ones, then exactly one active one
+seg-....jsonl.<offset>[.<n>].torn    bytes cut from the end of a segment at a boot; kept for people, never read
+aside/                               files a boot found here and did not know; never read
+*.tmp                                a file that was being published; removed by the next boot
+```
+
+Line
+====
+
+One record is one line, and one line is one complete JSON object in UTF-8 with exactly these members in this order, no
+blanks between tokens, ended by one newline (0x0A, which cannot occur inside):
+
+```
+{"v":1,"seq":123,"b":120,"t":1790000000000,"op":"put","rec":{...},"crc":"1a2b3c4d"}
+```
+
+`v`    format version, 1. A reader refuses any other.
+`seq`  the record's sequence: 1 for the first line of a journal, then one more for each line, over all segments and for
+       every kind of line, without a gap.
+`b`    sequence of the first line of the batch this line was written in. A batch is written and made durable as a
+       whole, and the next one is written only after that. So a line with `b` > k proves that line k had been durable.
+`t`    unix time in milliseconds when the batch was written. Information only: clocks jump.
+`op`   what the record does. `open`, `seal` and `mark` belong to the journal; all others are business records.
+`rec`  the record, a JSON object.
+`crc`  8 lower-case hex digits: zlib's CRC-32 of all bytes of the line before `,"crc":"`, started from the `crc` of the
+       line before (0 before the first line of the journal). The last 19 bytes of a line, `,"crc":"xxxxxxxx"}` and the
+       newline, are compared as bytes: a parser of numbers would take `A` for `a`.
+
+The chain of `crc` runs on from segment to segment. A line, with its newline, has at most 1,048,576 bytes. A batch has
+at most 512 lines and is closed by the line that takes it past 1 MiB.
+
+Lines of the journal itself; each is a batch of its own
+=======================================================
+
+`open`  the first line of a segment. `rec`: `format`, 1; `registryId`, 32 hex digits made when the journal was; `epoch`,
+        at the time of writing; `previous`, null or `{"name", "crc"}`: the segment before and its last line's `crc`.
+        The number in the segment's name is the sequence of this line.
+`seal`  the last line of a sealed segment. `rec`: `lines` before this one, and `sha256` (hex) of the bytes before it.
+`mark`  nothing but a later batch: it proves the batch before it durable. Written on a clean shutdown and after a second
+        without records. `rec` is empty.
+
+MANIFEST
+========
+
+One JSON object on one line, closed as a line is (`,"crc":"xxxxxxxx"}` and a newline, the CRC-32 started from 0):
+
+```
+{"v":1,"registryId":"...","epoch":1,"generation":7,"files":[{"name","size","lines","crc32","sha256"},...,{"name"}],"crc":"..."}
+```
+
+`generation` grows by one with each replacement. All files but the last are sealed: `size` in bytes, number of `lines`,
+`crc32` (8 hex digits, started from 0) and `sha256` of the whole file. The last one is active and has a name only. Like
+every file here it is published: written under `<name>.tmp`, fsynced, renamed, and the folder fsynced.
+
+Promises of the writer
+======================
+
+I1 nothing is acknowledged before the fdatasync of its batch returned 0. I2 durable bytes never change. I3 at any
+instant MANIFEST names a complete set. I4 a file named by MANIFEST is removed only after a later MANIFEST without it is
+durable. I5 damage to a durable record is reported and refuses the boot; it is never cut. I6 after an fsync error this
+process acknowledges nothing more.
+
+Rotation, once the active segment has 64 MiB: write the `seal` line and fsync; publish the next segment with its `open`
+line; publish MANIFEST. Records go into the new segment only after that. A crash between these steps leaves an active
+segment that ends in `seal`; the next owner goes on from there.
+
+No room (ENOSPC, EFBIG, EDQUOT) before the fdatasync: the segment is cut back to its durable end, the batch fails, the
+journal goes on. If even that fails, or any fsync does, the journal stops.
+
+Reading at boot
+===============
+
+1. LOCK is taken or the boot is refused. MANIFEST must check.
+2. A sealed file must have its size and crc32; then its lines are parsed without checking each one.
+3. The active file is checked line by line. Its `open` line was durable before MANIFEST named it, so it must check. At
+   the first line k that does not check, the rest of the file is judged:
+   - a later line checks against the `crc` stored in the line before it, and has `b` > k: damage, refuse;
+   - else, if the part of the rest that lies in one 512-byte sector of the file is all NUL: a torn write, which lost
+     that sector;
+   - else, if the rest ends in a newline, or would be a complete line if its last byte were one: damage, refuse;
+   - else: a torn write.
+   The bytes of a torn write, which nobody was promised, are copied to a `.torn` file and cut off.
+4. The last batch that is kept is written again, the same bytes, and fsynced, with the folder: after a failed fsync the
+   page cache may show bytes the disk does not have.
+5. A segment that MANIFEST does not name, with a higher number than the active one, is the leftover of a rotation if the
+   active one ends in `seal` and this one holds its `open` line only; else MANIFEST is not the newest one: refuse.
+   Every other file that is not named above is moved to `aside/`.
+
+What a cut cannot tell: the loss of exactly the last batch after it was acknowledged looks like a torn write. The `mark`
+line narrows that to one second after a batch.
+
+A reader beside a running writer takes no lock. It takes lines while they check; lines of the last batch may still be
+cut off, so it acts on line k only when a later line has `b` > k. At `seal` it goes on with the next file of MANIFEST.
+"""
+
+from __future__ import annotations
+
+from worker.journal.failures import JournalDamaged, JournalFailed, JournalLocked
+from worker.journal.files import Files
+from worker.journal.format import CONTROL_OPS, Entry
+from worker.journal.inspection import VerifyReport, dump, verify
+from worker.journal.journal import SEGMENT_BYTES, Journal, JournalStats
+from worker.journal.observer import JournalObserver
+
+__all__ = [
+    "CONTROL_OPS",
+    "SEGMENT_BYTES",
+    "Entry",
+    "Files",
+    "Journal",
+    "JournalDamaged",
+    "JournalFailed",
+    "JournalLocked",
+    "JournalObserver",
+    "JournalStats",
+    "VerifyReport",
+    "dump",
+    "verify",
+]

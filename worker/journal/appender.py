@@ -1,0 +1,215 @@
+"""The durable end of a journal: whole batches go in, one write and one fdatasync each; segments rotate behind them.
+
+Nothing here knows threads or an event loop; one thread at a time calls.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import orjson
+
+from schemas.errors import ModelManagerError
+from worker.journal.failures import JournalFailed
+from worker.journal.files import Files, SyncFailed, publish, sync, write_all
+from worker.journal.format import CONTROL_OPS, MARK, OPEN, SEAL, make_line
+from worker.journal.observer import JournalObserver
+from worker.journal.replay import Recovered, open_line
+from worker.journal.segment import LINES_PER_POINT, Digest, Segment
+
+# What passes, by our doing or another's, and leaves the durable part of the journal as it was.
+_PASSING = {
+    errno.ENOSPC: "ERR_STORAGE_FULL",
+    errno.EFBIG: "ERR_STORAGE_FULL",
+    errno.EDQUOT: "ERR_STORAGE_FULL",
+    errno.EMFILE: "ERR_STORAGE_UNAVAILABLE",
+    errno.ENFILE: "ERR_STORAGE_UNAVAILABLE",
+    errno.ENOMEM: "ERR_STORAGE_UNAVAILABLE",
+}
+_RECORD = ""
+
+
+class Appender:
+    """Owns the active segment. `prepare` comes first. After JournalFailed every call raises it again."""
+
+    def __init__(
+        self,
+        files: Files,
+        folder: Path,
+        recovered: Recovered,
+        *,
+        segment_bytes: int,
+        clock: Callable[[], float],
+        observe: JournalObserver,
+    ) -> None:
+        self._files = files
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._clock = clock
+        self.observe = observe
+        self._digest = Digest()
+        self._crc = recovered.crc
+        self._last_op = recovered.last_op
+        self._fd = files.open(folder / recovered.manifest.active, os.O_RDWR)
+        self.manifest = recovered.manifest
+        self.segments = recovered.segments
+        """All segments, the active one last. It only ever grows, so a copy of the list may be read by any thread."""
+        self.sequence = recovered.sequence
+        """Of the last durable line."""
+        self.fsync_failures = 0
+        self.failure: str | None = None
+
+    def prepare(self) -> None:
+        """Sum up the active segment as it is, for its seal. Raises JournalFailed.
+
+        Apart from the boot, which need not wait for it.
+        """
+        with self._failing(), self._files.reader(self._folder / self.manifest.active) as stream:
+            self._digest = Digest.of(stream)
+
+    @property
+    def unproven(self) -> bool:
+        """Whether the last batch is one that a cut could hide, so that a `mark` is of use."""
+        return self._last_op not in CONTROL_OPS
+
+    def append(self, payloads: Sequence[bytes]) -> tuple[int, int]:
+        """Make one batch of business records durable: the sequence of its first line, and its time in ms.
+
+        Raises ModelManagerError ERR_STORAGE_FULL if there is no room, or ERR_STORAGE_UNAVAILABLE if there are no file
+        descriptors or no memory: nothing of the batch is in the journal then, and it goes on.
+        Raises JournalFailed if it is unknown whether the batch is durable.
+        """
+        with self._failing():
+            if self._last_op == SEAL:
+                self._open_next()
+            first = self.sequence + 1
+            time_ms = self._write_batch(payloads, _RECORD)
+            self.segments[-1].records += len(payloads)
+        return first, time_ms
+
+    def mark(self) -> bool:
+        """Close the last batch with a `mark` line, unless another line does so already: whether one was written.
+
+        Without room there is none; it only narrows what a later cut could hide. Raises JournalFailed.
+        """
+        if not self.unproven:
+            return False
+        try:
+            with self._failing():
+                self._write_batch([b'"op":"mark","rec":{}'], MARK)
+        except ModelManagerError:
+            return False
+        return True
+
+    def rotate_if_due(self) -> bool:
+        """Begin the next segment if this one is full, or sealed already: whether it did.
+
+        Without room the rotation waits, and `append` goes on with the full segment. Raises JournalFailed.
+        """
+        try:
+            with self._failing():
+                if self._last_op != SEAL:
+                    if self.segments[-1].size < self._segment_bytes:
+                        return False
+                    record = {"lines": self._digest.lines, "sha256": self._digest.sha256}
+                    self._write_batch([b'"op":"seal","rec":%b' % orjson.dumps(record)], SEAL)
+                self._open_next()
+        except ModelManagerError:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._files.close(self._fd)
+
+    def _write_batch(self, payloads: Sequence[bytes], op: str) -> int:
+        segment = self.segments[-1]
+        first, time_ms = self.sequence + 1, int(self._clock() * 1000)
+        crc, offset = self._crc, segment.size
+        lines: list[bytes] = []
+        points: list[tuple[int, int, int]] = []
+        for sequence, payload in enumerate(payloads, first):
+            line, crc = make_line(sequence, first, time_ms, payload, crc)
+            lines.append(line)
+            offset += len(line)
+            if not sequence % LINES_PER_POINT:
+                points.append((sequence, crc, offset))
+        data = b"".join(lines)
+        self._write_durably(data, segment.size)
+        for point in points:
+            segment.note(*point)
+        segment.size = offset
+        self._crc, self._last_op = crc, op
+        self.sequence += len(lines)
+        self._digest.update(data)
+        return time_ms
+
+    def _write_durably(self, data: bytes, offset: int) -> None:
+        try:
+            write_all(self._files, self._fd, data, offset)
+        except OSError as error:
+            if error.errno in _PASSING:
+                self._roll_back(offset)
+            raise
+        started = time.perf_counter()
+        sync(self._files, self._fd)
+        self.observe.fsync_seconds(time.perf_counter() - started)
+
+    def _roll_back(self, size: int) -> None:
+        try:
+            self._files.ftruncate(self._fd, size)
+        except OSError as error:
+            raise SyncFailed(f"no room, and cutting the file back failed: {error.strerror}") from error
+        sync(self._files, self._fd)
+
+    def _open_next(self) -> None:
+        """The second half of a rotation, from a durable `seal` on. It may be repeated until it succeeds."""
+        sealed = self.segments[-1]
+        segment = Segment(self.sequence + 1, self._crc)
+        line, crc = open_line(
+            segment.first,
+            self._crc,
+            time_ms=int(self._clock() * 1000),
+            manifest=self.manifest,
+            previous=sealed.name,
+        )
+        publish(self._files, self._folder, segment.name, line)
+        fd = self._files.open(self._folder / segment.name, os.O_RDWR)
+        manifest = self.manifest.rotated(self._digest.sealed(sealed.name), segment.name)
+        try:
+            manifest.publish(self._files, self._folder)
+        except BaseException:
+            self._files.close(fd)
+            raise
+        self._files.close(self._fd)
+        self._fd = fd
+        self._digest = Digest()
+        self._digest.update(line)
+        segment.size = len(line)
+        if not segment.first % LINES_PER_POINT:
+            segment.note(segment.first, crc, segment.size)
+        self.segments.append(segment)
+        self.manifest = manifest
+        self.sequence, self._crc, self._last_op = segment.first, crc, OPEN
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Sort what a disk can answer into the two errors that callers know."""
+        if self.failure is not None:
+            raise JournalFailed(self.failure)
+        try:
+            yield
+        except SyncFailed as error:
+            self.fsync_failures += 1
+            self.observe.fsync_failed()
+            self.failure = f"fsync failed: {error}"
+            raise JournalFailed(self.failure) from error
+        except OSError as error:
+            if error.errno in _PASSING:
+                raise ModelManagerError(_PASSING[error.errno], "The registry cannot be written now.") from error
+            self.failure = f"the disk failed: {error.strerror}"
+            raise JournalFailed(self.failure) from error

@@ -1,0 +1,37 @@
+"""The three ways a journal refuses. They stop a boot or the process, so none of them is an error on the wire."""
+
+from __future__ import annotations
+
+
+class JournalDamaged(Exception):
+    """Bytes that had been durable are not as they were written. Nothing was changed or cut.
+
+    `path` is the file's name inside the journal's folder, `offset` the byte where the first bad line starts,
+    `sequence` the one that line should have.
+    """
+
+    def __init__(self, path: str, *, offset: int, sequence: int, reason: str) -> None:
+        self.path = path
+        self.offset = offset
+        self.sequence = sequence
+        self.reason = reason
+        super().__init__(
+            f"{path} is damaged at byte {offset}, sequence {sequence}: {reason}. Nothing was changed. Put back this"
+            " file from a backup or from the archive; or let `model-manager journal repair --accept-loss` cut the"
+            " journal there, which lists what is lost first."
+        )
+
+
+class JournalLocked(Exception):
+    """Another process owns this journal. `holder` is what it wrote into LOCK: information only."""
+
+    def __init__(self, holder: str) -> None:
+        self.holder = holder
+        super().__init__(f"another process owns this journal: {holder or 'it left no name in LOCK'}")
+
+
+class JournalFailed(Exception):
+    """The journal stopped: whether the last records are durable is unknown, and nothing is acknowledged any more.
+
+    Only a new boot finds out; the process should end with a non-zero exit code.
+    """

@@ -1,0 +1,103 @@
+"""The file operations a journal is built on: the one seam where tests put a disk that fails or forgets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+_READ_BUFFER = 256 * 1024
+
+
+class SyncFailed(Exception):
+    """An fsync or fdatasync returned an error. What the disk holds is unknown, and a second try would not tell."""
+
+
+class Files:
+    """The real disk. Every method raises OSError as the system call does; `pwrite` may write less than it is given."""
+
+    def list(self, folder: Path) -> list[str]:
+        return sorted(os.listdir(folder))  # noqa: PTH208 - names are what is wanted, not paths
+
+    def mkdir(self, folder: Path) -> None:
+        folder.mkdir(mode=0o750)
+
+    def reader(self, path: Path) -> BinaryIO:
+        """The caller closes it."""
+        return path.open("rb", buffering=_READ_BUFFER)
+
+    def open(self, path: Path, flags: int) -> int:
+        return os.open(path, flags, 0o640)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def fdatasync(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def fsync_dir(self, folder: Path) -> None:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        old.rename(new)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
+
+def write_all(files: Files, fd: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at `offset`; a short write is gone on with until the system says why."""
+    rest = memoryview(data)
+    while rest:
+        written = files.pwrite(fd, rest, offset)
+        rest = rest[written:]
+        offset += written
+
+
+def sync(files: Files, fd: int) -> None:
+    """Make the bytes of `fd` and its size durable. Raises SyncFailed."""
+    try:
+        files.fdatasync(fd)
+    except OSError as error:
+        raise SyncFailed(os.strerror(error.errno or 0)) from error
+
+
+def sync_folder(files: Files, folder: Path) -> None:
+    """Make the names in `folder` durable. Raises SyncFailed."""
+    try:
+        files.fsync_dir(folder)
+    except OSError as error:
+        raise SyncFailed(os.strerror(error.errno or 0)) from error
+
+
+def publish(files: Files, folder: Path, name: str, data: bytes) -> None:
+    """Put a complete, durable file under `name`, in place of an older one; readers see the old or the new one.
+
+    Raises OSError if nothing happened, SyncFailed if it is unknown what the disk holds.
+    """
+    temporary = folder / f"{name}.tmp"
+    try:
+        fd = files.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            write_all(files, fd, data, 0)
+            sync(files, fd)
+        finally:
+            files.close(fd)
+        files.rename(temporary, folder / name)
+    except OSError:
+        # Only tidiness: the next boot removes what is left.
+        with contextlib.suppress(OSError):
+            files.unlink(temporary)
+        raise
+    sync_folder(files, folder)

@@ -1,0 +1,304 @@
+"""The journal as the rest of the program sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import ModelManagerError
+from worker.journal.appender import Appender
+from worker.journal.failures import JournalFailed
+from worker.journal.files import Files, SyncFailed, sync_folder
+from worker.journal.format import CONTROL_OPS, Entry, encode
+from worker.journal.lock import FolderLock
+from worker.journal.observer import JournalObserver
+from worker.journal.replay import Recovered, recover
+from worker.journal.room import Room
+from worker.journal.segment import read_segment
+from worker.journal.writer import Outcome, Pending, Writer
+
+SEGMENT_BYTES = 64 * 1024 * 1024
+QUEUE_LINES = 4096
+QUEUE_BYTES = 16 * 1024 * 1024
+
+_DISK = Files()
+_UNOBSERVED = JournalObserver()
+
+
+@dataclass(frozen=True, slots=True)
+class JournalStats:
+    """`bytes` and `records` (business records) are durable ones; `queued` wait; `torn_bytes` were cut at this boot."""
+
+    bytes: int
+    segments: int
+    records: int
+    head: int
+    generation: int
+    queued: int
+    fsync_failures: int
+    torn_bytes: int
+
+
+class Journal:
+    """One owner of one folder, from `open` to `close`. The order of records is the same in the file, in `on_durable`,
+    in `read` and in the next replay.
+
+    `append` and `close` belong to the event loop that `start` was called on; `read` and `entry` block and may be called
+    from any thread.
+    """
+
+    def __init__(self, folder: Path, files: Files, lock: FolderLock, appender: Appender, torn_bytes: int) -> None:
+        """Use `open`."""
+        self._folder = folder
+        self._files = files
+        self._lock = lock
+        self._appender = appender
+        self._torn_bytes = torn_bytes
+        self._observe = appender.observe
+        self._head = appender.sequence
+        self._room = Room(lines=QUEUE_LINES, size=QUEUE_BYTES)
+        self._queued = 0
+        self._writer: Writer | None = None
+        self._on_durable: Callable[[Sequence[Entry]], None] = lambda _: None
+        self._failure: str | None = None
+        self._ending: asyncio.Future[None] | None = None
+        self.epoch = appender.manifest.epoch
+        self.registry_id = appender.manifest.registry_id
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        replay: Callable[[Entry], None],
+        segment_bytes: int = SEGMENT_BYTES,
+        files: Files = _DISK,
+        clock: Callable[[], float] = time.time,
+        observe: JournalObserver = _UNOBSERVED,
+    ) -> Journal:
+        """Take the folder, verify what is in it and replay it; a folder that is new or empty gets a new journal.
+
+        Blocks for as long as the reading takes. `replay` gets each business record in order, on this thread; if the
+        boot is refused it may have got some. `clock` tells unix seconds.
+
+        Raises JournalLocked at once if another process owns the folder, JournalDamaged if a durable record is not as
+        it was written, JournalFailed if an fsync fails, OSError if the disk cannot be used.
+        """
+        _make_folder(files, folder)
+        lock = FolderLock(folder)
+        try:
+            recovered = _recover_without_collections(files, folder, replay, clock)
+            appender = Appender(files, folder, recovered, segment_bytes=segment_bytes, clock=clock, observe=observe)
+        except SyncFailed as error:
+            lock.release()
+            observe.fsync_failed()
+            raise JournalFailed(f"fsync failed: {error}") from error
+        except BaseException:
+            lock.release()
+            raise
+        if recovered.torn_bytes:
+            observe.torn_tail(recovered.torn_bytes)
+        return cls(folder, files, lock, appender, recovered.torn_bytes)
+
+    def start(self, on_durable: Callable[[Sequence[Entry]], None]) -> None:
+        """Begin to write. Called once, on the event loop.
+
+        `on_durable` is called on the loop, in order, with each batch that has become durable, before anybody who waits
+        for one of its records goes on and before `head` tells of it. If it raises, the journal stops.
+        """
+        if self._writer is not None:
+            raise RuntimeError("the journal was started before")
+        loop = asyncio.get_running_loop()
+
+        def report(outcome: Outcome) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._settle, outcome)
+
+        self._on_durable = on_durable
+        self._writer = Writer(self._appender, report)
+        self._writer.start()
+
+    async def append(self, op: str, record: dict[str, Any]) -> Entry:
+        """The record as it stands in the journal, once it is durable. `record` is plain JSON, and is not to be changed
+        afterwards.
+
+        Waits for room when too much is queued already. If the task that awaits is cancelled after that, the record is
+        appended all the same.
+
+        Raises ModelManagerError: ERR_INVALID_REQUEST for a record that is not JSON or too large, ERR_STORAGE_FULL when
+        the disk has no room (nothing was appended, the journal goes on), ERR_SHUTTING_DOWN once it is closing. Raises
+        JournalFailed when the journal has stopped: the outcome is unknown.
+        """
+        if op in CONTROL_OPS:
+            raise ValueError(f"{op!r} belongs to the journal")
+        since = time.perf_counter()
+        payload = encode(op, record)
+        writer = self._accepting()
+        await self._room.acquire(len(payload))
+        try:
+            # It may have stopped, or begun to close, while this record waited for its turn.
+            self._accepting()
+        except BaseException:
+            self._room.release(1, len(payload))
+            raise
+        acknowledged: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
+        self._queued += 1
+        writer.submit(Pending(op, record, payload, since, acknowledged))
+        return await acknowledged
+
+    def read(self, after: int, limit: int) -> list[Entry]:
+        """The first `limit` (1 or more) business records with a sequence above `after`, up to `head`, in order. Blocks.
+
+        Each line is checked again; raises JournalDamaged if one is not what it was.
+        """
+        head = self._head
+        # After the head, so that the segment it is in is among them.
+        segments = list(self._appender.segments)
+        start = max(0, bisect_right(segments, after + 1, key=lambda segment: segment.first) - 1)
+        entries: list[Entry] = []
+        for index in range(start, len(segments)):
+            until = min(head, segments[index + 1].first - 1) if index + 1 < len(segments) else head
+            for entry in read_segment(self._files, self._folder, segments[index], after=after, until=until):
+                entries.append(entry)
+                if len(entries) == limit:
+                    return entries
+        return entries
+
+    def entry(self, sequence: int) -> Entry:
+        """That one business record. Blocks. Raises KeyError if there is none with this sequence up to `head`."""
+        for entry in self.read(sequence - 1, 1):
+            if entry.sequence == sequence:
+                return entry
+        raise KeyError(sequence)
+
+    @property
+    def head(self) -> int:
+        """Sequence of the last line that is durable and that `on_durable` has been told of."""
+        return self._head
+
+    @property
+    def healthy(self) -> bool:
+        """False once the journal has stopped; it does not recover, and the process should end."""
+        return self.failure is None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the journal stopped."""
+        return self._failure or self._appender.failure
+
+    def stats(self) -> JournalStats:
+        segments = list(self._appender.segments)
+        return JournalStats(
+            bytes=sum(segment.size for segment in segments),
+            segments=len(segments),
+            records=sum(segment.records for segment in segments),
+            head=self._head,
+            generation=self._appender.manifest.generation,
+            queued=self._queued,
+            fsync_failures=self._appender.fsync_failures,
+            torn_bytes=self._torn_bytes,
+        )
+
+    async def close(self) -> None:
+        """Finish what was appended, write a mark and give the folder free. May be called again.
+
+        Records that still wait for room are refused with ERR_SHUTTING_DOWN. Cancelling it does not stop the closing.
+        """
+        if self._ending is None:
+            self._room.refuse(ModelManagerError("ERR_SHUTTING_DOWN"))
+            self._ending = asyncio.ensure_future(asyncio.to_thread(self._end))
+        await asyncio.shield(self._ending)
+
+    def _accepting(self) -> Writer:
+        if self._failure is not None:
+            raise JournalFailed(self._failure)
+        if self._ending is not None:
+            raise ModelManagerError("ERR_SHUTTING_DOWN")
+        if self._writer is None:
+            raise RuntimeError("the journal was not started")
+        return self._writer
+
+    def _settle(self, outcome: Outcome) -> None:
+        if isinstance(outcome.error, JournalFailed) and self._failure is None:
+            self._stop(str(outcome.error))
+        if self._failure is not None:
+            self._reject(outcome.batch, JournalFailed(self._failure))
+        elif outcome.error is not None:
+            self._reject(outcome.batch, outcome.error)
+        else:
+            self._take_up(outcome)
+
+    def _take_up(self, outcome: Outcome) -> None:
+        if outcome.entries:
+            try:
+                self._on_durable(outcome.entries)
+            except BaseException as error:
+                self._stop(f"a durable record could not be taken up: {error!r}")
+                self._reject(outcome.batch, JournalFailed(self._failure))
+                raise
+        self._head = outcome.head
+        self._acknowledge(outcome)
+
+    def _acknowledge(self, outcome: Outcome) -> None:
+        now = time.perf_counter()
+        for pending, entry in zip(outcome.batch, outcome.entries, strict=True):
+            if not pending.acknowledged.done():
+                pending.acknowledged.set_result(entry)
+            self._observe.append_seconds(now - pending.since)
+        self._make_room(outcome.batch)
+
+    def _reject(self, batch: list[Pending], error: Exception) -> None:
+        for pending in batch:
+            if not pending.acknowledged.done():
+                pending.acknowledged.set_exception(error)
+        self._make_room(batch)
+
+    def _make_room(self, batch: list[Pending]) -> None:
+        self._queued -= len(batch)
+        self._room.release(len(batch), sum(len(pending.payload) for pending in batch))
+
+    def _stop(self, failure: str) -> None:
+        """Write and acknowledge nothing from here on."""
+        self._failure = failure
+        error = JournalFailed(failure)
+        self._room.refuse(error)
+        if self._writer is not None:
+            self._reject(self._writer.abandon(failure), error)
+
+    def _end(self) -> None:
+        if self._writer is not None:
+            self._writer.stop()
+            self._writer.join()
+        self._appender.close()
+        self._lock.release()
+
+
+def _recover_without_collections(
+    files: Files, folder: Path, replay: Callable[[Entry], None], clock: Callable[[], float]
+) -> Recovered:
+    # The collector would walk the growing catalog again and again, which takes longer than all the rest of a boot; what
+    # a replay makes stays for good, so later collections are spared it too.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        recovered = recover(files, folder, replay, clock)
+    finally:
+        if collecting:
+            gc.enable()
+    gc.freeze()
+    return recovered
+
+
+def _make_folder(files: Files, folder: Path) -> None:
+    """Make `folder`, and the folders above it that are missing, durable by name."""
+    if folder.is_dir():
+        return
+    _make_folder(files, folder.parent)
+    files.mkdir(folder)
+    sync_folder(files, folder.parent)

@@ -1,0 +1,34 @@
+"""LOCK: one process owns a journal's folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from worker.journal.failures import JournalLocked
+
+LOCK = "LOCK"
+
+
+class FolderLock:
+    """Held from construction to `release` or the end of the process, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises JournalLocked at once if another process holds it."""
+        self._fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o640)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 256, 0).decode("utf-8", "replace").strip()
+            os.close(self._fd)
+            raise JournalLocked(holder) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

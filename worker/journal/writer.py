@@ -1,0 +1,135 @@
+"""Group commit: one thread takes all that waits and makes it durable as a batch."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from schemas.errors import ModelManagerError
+from worker.journal.appender import Appender
+from worker.journal.failures import JournalFailed
+from worker.journal.format import Entry
+
+BATCH_LINES = 512
+BATCH_BYTES = 1024 * 1024
+IDLE_SECONDS = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A record on its way; `since` is when it was handed over (perf_counter)."""
+
+    op: str
+    record: dict[str, Any]
+    payload: bytes
+    since: float
+    acknowledged: asyncio.Future[Entry]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a batch: its entries, or the error that all of it gets. `head` is the last durable line."""
+
+    batch: list[Pending]
+    entries: list[Entry]
+    head: int
+    error: Exception | None = None
+
+
+class Writer:
+    """The thread. `report` is called on it: once for each batch, after lines of the journal's own, and at a failure,
+    which is its last report; what was handed over and not reported then comes back from `abandon`.
+    """
+
+    def __init__(self, appender: Appender, report: Callable[[Outcome], None]) -> None:
+        self._appender = appender
+        self._report = report
+        self._queue: SimpleQueue[Pending | None] = SimpleQueue()
+        # What has been taken and not reported.
+        self._batch: list[Pending] = []
+        # A daemon, so that a program that ends without closing its journal ends: what was acknowledged is durable.
+        self._thread = threading.Thread(target=self._run, name="journal-writer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, pending: Pending) -> None:
+        self._queue.put(pending)
+
+    def stop(self) -> None:
+        """Finish what was submitted before, write a mark and end. Does not wait."""
+        self._queue.put(None)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def abandon(self, failure: str) -> list[Pending]:
+        """Write nothing more, because of `failure`, and give back what has not been taken yet."""
+        self._appender.failure = self._appender.failure or failure
+        left: list[Pending] = []
+        while True:
+            try:
+                pending = self._queue.get_nowait()
+            except Empty:
+                return left
+            if pending is not None:
+                left.append(pending)
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except JournalFailed as error:
+            self._report(Outcome(self._batch, [], self._appender.sequence, error))
+        except BaseException as error:
+            self._appender.failure = f"the writer died: {error!r}"
+            self._report(Outcome(self._batch, [], self._appender.sequence, JournalFailed(self._appender.failure)))
+            raise
+
+    def _work(self) -> None:
+        self._appender.prepare()
+        self._rotate()
+        stopping = False
+        while not stopping:
+            self._batch, stopping = self._take()
+            idle = not self._batch
+            if self._batch:
+                self._commit(self._batch)
+                self._batch = []
+                self._rotate()
+            if (idle or stopping) and self._appender.mark():
+                self._report(Outcome([], [], self._appender.sequence))
+
+    def _take(self) -> tuple[list[Pending], bool]:
+        """What waits, up to a full batch, and whether to stop after it. Nothing if a second went by without records."""
+        batch: list[Pending] = []
+        size = 0
+        try:
+            pending = self._queue.get(timeout=IDLE_SECONDS if self._appender.unproven else None)
+            while pending is not None:
+                batch.append(pending)
+                size += len(pending.payload)
+                if size >= BATCH_BYTES or len(batch) == BATCH_LINES:
+                    return batch, False
+                pending = self._queue.get_nowait()
+        except Empty:
+            return batch, False
+        return batch, True
+
+    def _commit(self, batch: list[Pending]) -> None:
+        try:
+            first, time_ms = self._appender.append([pending.payload for pending in batch])
+        except ModelManagerError as error:
+            self._report(Outcome(batch, [], self._appender.sequence, error))
+            return
+        entries = [
+            Entry(sequence, time_ms, pending.op, pending.record) for sequence, pending in enumerate(batch, first)
+        ]
+        self._report(Outcome(batch, entries, self._appender.sequence))
+
+    def _rotate(self) -> None:
+        if self._appender.rotate_if_due():
+            self._report(Outcome([], [], self._appender.sequence))

@@ -1,0 +1,212 @@
+"""The registry: the journal, the catalog folded from it, and what must hold around a commit.
+
+A write is one `transact`: under the lock of what it changes, a plain function looks at the catalog and decides on a
+record; the record is appended (that is the commit), folded into the catalog, announced to the listeners. Nothing can
+come between the look and the commit, and a caller who goes away does not interrupt it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from schemas.errors import ModelManagerError
+from schemas.journal import Idempotency
+from worker.catalog.catalog import Catalog
+from worker.journal import Entry, Journal, JournalFailed, JournalObserver
+
+_log = structlog.get_logger()
+_T = TypeVar("_T")
+_UNOBSERVED = JournalObserver()
+
+REMEMBERED_REQUESTS = 200_000
+REMEMBERED_MS = 24 * 3600 * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A decision to write: the record's `op` and content."""
+
+    op: str
+    record: Any
+
+
+class _KeyedLocks:
+    """One lock for each name in use; names without a holder cost nothing."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+
+    async def run(self, name: str, work: Callable[[], Any]) -> Any:
+        lock, users = self._locks.get(name) or (asyncio.Lock(), 0)
+        self._locks[name] = (lock, users + 1)
+        try:
+            async with lock:
+                return await work()
+        finally:
+            lock, users = self._locks[name]
+            if users == 1:
+                del self._locks[name]
+            else:
+                self._locks[name] = (lock, users - 1)
+
+
+class Registry:
+    """Owns the journal and the catalog. Everything but `open` runs on the event loop."""
+
+    def __init__(self, folder: Path, *, observe: JournalObserver = _UNOBSERVED) -> None:
+        self.catalog = Catalog()
+        self.replay_seconds = 0.0
+        self._folder = folder
+        self._observe = observe
+        self._journal: Journal | None = None
+        self._locks = _KeyedLocks()
+        self._pins: dict[str, int] = {}
+        self._unpinned: set[str] = set()
+        self._remembered: OrderedDict[str, tuple[str, int, int]] = OrderedDict()  # key -> hash, sequence, time
+        self._listeners: list[Callable[[Entry], None]] = []
+        self._moved = asyncio.Event()
+        self._transactions: set[asyncio.Task[Any]] = set()
+
+    def open(self) -> None:
+        """Take the lock, verify and replay the journal. Blocking, long for a large one. Raises the journal's errors."""
+        started = time.monotonic()
+        catalog = self.catalog = Catalog()
+        self._remembered.clear()
+
+        def replay(entry: Entry) -> None:
+            catalog.apply(entry.op, entry.record, entry.sequence)
+            self._remember(entry)
+
+        self._journal = Journal.open(self._folder, replay=replay, observe=self._observe)
+        catalog.blobs.take_unneeded()  # freed in an earlier life, or found by the sweep
+        self.replay_seconds = time.monotonic() - started
+
+    def start(self) -> None:
+        self.journal.start(self._on_durable)
+
+    async def close(self) -> None:
+        """Let running transactions end, then close the journal."""
+        if self._transactions:
+            await asyncio.wait(self._transactions)
+        if self._journal is not None:
+            await self._journal.close()
+
+    @property
+    def journal(self) -> Journal:
+        if self._journal is None:
+            raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "The registry is not open yet.")
+        return self._journal
+
+    @property
+    def opened(self) -> bool:
+        return self._journal is not None
+
+    # --- writing ---
+
+    async def transact(self, scope: str, decide: Callable[[], Change | _T], *, pins: Iterable[str] = ()) -> Entry | _T:
+        """Run `decide` under the lock of `scope`; append the change it returns, or return what else it returns.
+
+        `pins` are storage keys that must stay until this is over. The transaction outlives a cancelled caller.
+        """
+        task = asyncio.create_task(self._transact(scope, decide))
+        held = list(pins)
+        self.pin(held)
+        self._transactions.add(task)
+        task.add_done_callback(self._transactions.discard)
+        task.add_done_callback(lambda _: self.unpin(held))
+        return await asyncio.shield(task)
+
+    async def _transact(self, scope: str, decide: Callable[[], Change | _T]) -> Entry | _T:
+        async def work() -> Entry | _T:
+            outcome = decide()
+            if not isinstance(outcome, Change):
+                return outcome
+            try:
+                return await self.journal.append(outcome.op, outcome.record)
+            except JournalFailed:
+                raise ModelManagerError(
+                    "ERR_STORAGE_UNAVAILABLE",
+                    "The registry's disk failed; whether this was stored is not known. Repeat the request.",
+                ) from None
+
+        outcome: Entry | _T = await self._locks.run(scope, work)
+        return outcome
+
+    def _on_durable(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self.catalog.apply(entry.op, entry.record, entry.sequence)
+            self._remember(entry)
+            for listener in self._listeners:
+                listener(entry)
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    def listen(self, listener: Callable[[Entry], None]) -> None:
+        """Call `listener` for each entry, in order, once it is in the catalog; it must not block or raise."""
+        self._listeners.append(listener)
+
+    async def moved(self, timeout_s: float) -> None:
+        """Wait until something is written, at most `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._moved.wait()
+        except TimeoutError:
+            return
+
+    # --- pins ---
+
+    def pin(self, keys: Iterable[str]) -> None:
+        """Keep these blobs from being removed, though no record names them yet."""
+        for key in keys:
+            self._pins[key] = self._pins.get(key, 0) + 1
+
+    def unpin(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._pins[key] -= 1
+            if self._pins[key] == 0:
+                del self._pins[key]
+                self._unpinned.add(key)
+
+    def wanted(self, key: str) -> bool:
+        """Whether the blob must stay: a record or a pin needs it."""
+        return key in self._pins or self.catalog.blobs.needs(key)
+
+    def take_unwanted(self) -> set[str]:
+        """The storage keys that lost their last record or pin since the last call: their blobs may be removed.
+
+        Empty after the journal failed, since it is then unknown what the records need.
+        """
+        if not self.journal.healthy:
+            return set()
+        candidates = self.catalog.blobs.take_unneeded() | self._unpinned
+        self._unpinned = set()
+        return {key for key in candidates if not self.wanted(key)}
+
+    # --- repeated requests ---
+
+    def _remember(self, entry: Entry) -> None:
+        idempotency: Idempotency | None = entry.record.get("idem")
+        if idempotency is None:
+            return
+        self._remembered[idempotency["key"]] = (idempotency["hash"], entry.sequence, entry.time_ms)
+        oldest = next(iter(self._remembered.values()))
+        if len(self._remembered) > REMEMBERED_REQUESTS or oldest[2] < entry.time_ms - REMEMBERED_MS:
+            self._remembered.popitem(last=False)
+
+    async def recorded(self, idempotency: Idempotency) -> Entry | None:
+        """The entry of the effect this request had already; ERR_CONFLICT if the key belongs to another request."""
+        known = self._remembered.get(idempotency["key"])
+        if known is None:
+            return None
+        request_hash, sequence, _ = known
+        if request_hash != idempotency["hash"]:
+            raise ModelManagerError("ERR_CONFLICT", "This idempotency key was used for another request.")
+        return await asyncio.to_thread(self.journal.entry, sequence)

@@ -1,0 +1,144 @@
+"""The bodies of the jobs validateModel and replicateModel."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import structlog
+
+from schemas.findings import Finding
+from schemas.ids import digest_of
+from schemas.journal import StoredFile
+from schemas.model import version_digest
+from schemas.rpc import ReplicateReply, ValidatedFile, ValidateReply
+from worker.cache import ModelCache
+from worker.catalog.entries import VersionEntry
+from worker.policy import Policy
+from worker.registry import Change, Registry
+from worker.service.editing import update_record
+from worker.service.sources import StoredSource
+from worker.storage.blobstore import BlobMissing, BlobStore
+from worker.validation.registry import examine
+
+_log = structlog.get_logger()
+
+Progress = Callable[[str, int], None]
+
+
+class Checking:
+    """Reads stored bytes back, and records what is found."""
+
+    def __init__(self, registry: Registry, store: BlobStore, policy: Policy, cache: ModelCache) -> None:
+        self._registry = registry
+        self._store = store
+        self._policy = policy
+        self._cache = cache
+
+    async def validate(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Read every file back, compare size and sha256, run the format hooks; wrong bytes quarantine the version."""
+        entry = self._registry.catalog.resolve(params["modelId"], params["version"])
+        progress("totalBytes", entry.size)
+        files: list[ValidatedFile] = []
+        findings: list[Finding] = []
+        done = 0
+        for file in entry.files:
+            checked, finding = await self._check(file, partial(_advance, progress, done))
+            done += file["size"]
+            progress("bytes", done)
+            files.append(checked)
+            findings += finding
+        bytes_right = all(file["isValid"] for file in files)
+        if bytes_right and self._policy.check_formats:
+            sources = [(f["path"], StoredSource(self._store, f["key"], f["size"])) for f in entry.files]
+            findings += await asyncio.to_thread(examine, entry.type, sources, allow_pickle=self._policy.allow_pickle)
+        await self._record_state(entry, quarantined=not bytes_right)
+        reply = ValidateReply(
+            success=True,
+            modelId=entry.model,
+            version=entry.version,
+            isValid=bytes_right and not any(finding.severity == "error" for finding in findings),
+            expectedChecksum=digest_of(entry.checksum),
+            actualChecksum=self._actual(entry, files),
+            files=files,
+            findings=[cast(Any, finding.as_dict()) for finding in findings[:100]],
+        )
+        return cast(dict[str, Any], reply)
+
+    async def _check(self, file: StoredFile, progress: Callable[[int], None]) -> tuple[ValidatedFile, list[Finding]]:
+        expected = digest_of(file["sha256"])
+        checked: ValidatedFile = {
+            "path": file["path"],
+            "expectedChecksum": expected,
+            "actualChecksum": None,
+            "isValid": False,
+        }
+        try:
+            if not self._policy.check_checksums:
+                checked["isValid"] = (await self._store.stat(file["key"])).size == file["size"]
+                problem = "size-mismatch"
+            else:
+                stored = await self._store.hash(file["key"], progress)
+                checked["actualChecksum"] = digest_of(stored.sha256)
+                checked["isValid"] = (stored.size, stored.sha256) == (file["size"], file["sha256"])
+                problem = "checksum-mismatch"
+        except BlobMissing:
+            problem = "bytes-missing"
+        if checked["isValid"]:
+            return checked, []
+        message = "The stored bytes are not the ones that were stored under this name."
+        return checked, [Finding("error", problem, message, path=file["path"])]
+
+    def _actual(self, entry: VersionEntry, files: list[ValidatedFile]) -> str | None:
+        actual = [file["actualChecksum"] for file in files]
+        if any(checksum is None for checksum in actual):
+            return None
+        if len(files) == 1:
+            return actual[0]
+        sizes = {file["path"]: file["size"] for file in entry.files}
+        manifest = [(f["path"], sizes[f["path"]], str(f["actualChecksum"]).removeprefix("sha256:")) for f in files]
+        return digest_of(version_digest(manifest))
+
+    async def _record_state(self, entry: VersionEntry, *, quarantined: bool) -> None:
+        def decide() -> Change | None:
+            current = self._registry.catalog.find(entry.model, entry.version)
+            if current is None or current.deleted_at is not None or current.quarantined == quarantined:
+                return None
+            state = "quarantined" if quarantined else "available"
+            return Change("update", update_record(self._registry, current, state=state))
+
+        if await self._registry.transact(entry.model.lower(), decide) is not None and quarantined:
+            self._cache.forget(entry.model, entry.version)
+            _log.error("model_quarantined", model=entry.model, version=entry.version)
+
+    async def replicate(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Record which racks should hold the version; the record's hint tells them. No rack's answer is waited for."""
+        resolved = self._registry.catalog.resolve(params["modelId"], params["version"])
+        peers = params.get("peers")
+        wanted = list(self._policy.peers) if peers is None else [p for p in peers if p != self._policy.rack]
+
+        def decide() -> Change | None:
+            entry = self._registry.catalog.resolve(resolved.model, resolved.version)
+            replicas = sorted({*entry.replicas, *wanted})
+            if replicas == sorted(entry.replicas):
+                return None
+            return Change("update", update_record(self._registry, entry, replicas=replicas))
+
+        await self._registry.transact(resolved.model.lower(), decide)
+        message = "Recorded and announced. That rack has not confirmed a copy."
+        reply = ReplicateReply(
+            success=True,
+            modelId=resolved.model,
+            version=resolved.version,
+            totalPeers=len(wanted),
+            successfulReplications=0,
+            failedReplications=0,
+            results=[{"peer": peer, "state": "pending", "message": message} for peer in wanted],
+        )
+        return cast(dict[str, Any], reply)
+
+
+def _advance(progress: Progress, before: int, seen: int) -> None:
+    progress("bytes", before + seen)

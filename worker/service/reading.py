@@ -1,0 +1,275 @@
+"""Lookups: what is known of models, and their bytes or the addresses of them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, cast
+from urllib.parse import quote
+
+from schemas.errors import ModelManagerError
+from schemas.hints import hint_of
+from schemas.journal import StoredFile
+from schemas.model import DeliveredFile, ListedVersion
+from schemas.rpc import (
+    ChangesReply,
+    GetChanges,
+    GetModel,
+    GetModelMetadata,
+    GetModelReply,
+    GetStorageStats,
+    ListModels,
+    ListReply,
+    MetadataReply,
+    Ping,
+    PingReply,
+    SearchModels,
+    StatsReply,
+)
+from schemas.wire import timestamp
+from worker import __version__
+from worker.cache import ModelCache
+from worker.catalog.entries import VersionEntry, file_view
+from worker.catalog.search import list_query, page, search_query
+from worker.content import LocalFile, OpenedFile, Redirect, Stream
+from worker.context import Context
+from worker.policy import Policy
+from worker.readiness import Readiness
+from worker.registry import Registry
+from worker.storage.blobstore import BlobMissing, BlobStore
+
+Quarantine = Callable[[VersionEntry, str], Any]
+
+
+class Reading:
+    """The lookups. `file_url` makes a signed address of ours for a path, where the store has none of its own."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: BlobStore,
+        policy: Policy,
+        cache: ModelCache,
+        readiness: Readiness,
+        file_url: Callable[[str, int], str],
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._policy = policy
+        self._cache = cache
+        self._readiness = readiness
+        self._file_url = file_url
+
+    async def get_model_metadata(self, params: GetModelMetadata, context: Context) -> MetadataReply:
+        entry = self._registry.catalog.resolve(params.model_id, params.version)
+        return entry.described(self._registry.catalog.aliases_of(entry))
+
+    async def list_models(self, params: ListModels, context: Context) -> ListReply:
+        query = list_query(params.type)
+        return await page(self._registry.catalog, query, limit=params.limit, cursor=params.cursor)
+
+    async def search_models(self, params: SearchModels, context: Context) -> ListReply:
+        query = search_query(params.criteria, params.sort)
+        return await page(self._registry.catalog, query, limit=params.limit, cursor=params.cursor)
+
+    def versions_of(self, model_id: str) -> list[ListedVersion]:
+        """The versions of a model that are not deleted, in the order they were stored."""
+        model = self._registry.catalog.model(model_id)
+        versions = [] if model is None else [v for v in model.versions.values() if v.deleted_at is None]
+        return [] if model is None else [v.listed(model.aliases_of(v.version)) for v in versions]
+
+    async def ping(self, params: Ping, context: Context) -> PingReply:
+        return {
+            "success": True,
+            "rack": self._policy.rack,
+            "version": __version__,
+            "epoch": self._registry.journal.epoch,
+            "head": self._registry.journal.head,
+            "ready": self._readiness.ready,
+        }
+
+    # --- bytes ---
+
+    def _available(self, model_id: str, reference: str) -> VersionEntry:
+        """The version, if its bytes may be given out."""
+        entry = self._registry.catalog.resolve(model_id, reference)
+        if entry.quarantined:
+            raise ModelManagerError(
+                "ERR_CHECKSUM_MISMATCH",
+                f"{model_id}:{entry.version} is quarantined: its stored bytes are known to be wrong.",
+                version=entry.version,
+                state="quarantined",
+            )
+        return entry
+
+    async def get_model(self, params: GetModel, context: Context) -> GetModelReply:
+        entry = self._available(params.model_id, params.version)
+        limit = self._policy.max_inline_size
+        inline = params.delivery == "inline" or (params.delivery == "auto" and entry.size <= limit)
+        if inline and entry.size > limit:
+            raise ModelManagerError(
+                "ERR_MODEL_TOO_LARGE",
+                f"{entry.size} bytes do not go inside a message; ask for delivery by url.",
+                maxInlineSize=limit,
+                size=entry.size,
+            )
+        reply = GetModelReply(
+            success=True,
+            modelId=entry.model,
+            version=entry.version,
+            metadata=entry.metadata,
+            checksum=f"sha256:{entry.checksum}",
+            size=entry.size,
+            files=[],
+        )
+        if inline:
+            reply["files"] = [await self._inline(entry, file) for file in entry.files]
+            if len(entry.files) == 1:
+                reply["modelData"] = reply["files"][0]["data"]
+        else:
+            reply["expiresAt"] = timestamp(int((time.time() + self._policy.url_s) * 1000))
+            reply["files"] = [await self._linked(entry, file) for file in entry.files]
+        return reply
+
+    async def _inline(self, entry: VersionEntry, file: StoredFile) -> DeliveredFile:
+        data = self._cache.bytes_of(entry.model, entry.version, file["sha256"])
+        if data is None:
+            data = await self._read_verified(entry, file)
+            peers = self._cache.peers_of(entry.model, entry.version) or entry.replicas
+            self._cache.put(entry.model, entry.version, {file["sha256"]: data}, peers)
+        delivered = cast(DeliveredFile, file_view(file))
+        delivered["data"] = base64.b64encode(data).decode()
+        return delivered
+
+    async def _read_verified(self, entry: VersionEntry, file: StoredFile) -> bytes:
+        try:
+            data = b"".join([chunk async for chunk in self._store.read(file["key"])])
+        except BlobMissing:
+            data = b""
+        sha256 = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+        if sha256 != file["sha256"]:
+            raise ModelManagerError(
+                "ERR_CHECKSUM_MISMATCH",
+                f"The stored bytes of {file['path']} are not what was stored; validateModel tells more.",
+                version=entry.version,
+                path=file["path"],
+            )
+        return data
+
+    async def _linked(self, entry: VersionEntry, file: StoredFile) -> DeliveredFile:
+        name = file["path"].rpartition("/")[2]
+        url = await self._store.presign_get(file["key"], expires_s=self._policy.url_s, filename=name)
+        if url is None:
+            path = f"/api/models/{entry.model}/versions/{quote(entry.version)}/files/{quote(file['path'])}"
+            url = self._file_url(path, self._policy.url_s)
+        delivered = cast(DeliveredFile, file_view(file))
+        delivered["url"] = url
+        return delivered
+
+    async def open_file(self, model_id: str, reference: str, path: str | None, *, redirect: bool = False) -> OpenedFile:
+        """A file of a version, for streaming. Without `path`, the only file; ERR_INVALID_REQUEST if it has several."""
+        entry = self._available(model_id, reference)
+        if path is None:
+            if len(entry.files) != 1:
+                raise ModelManagerError(
+                    "ERR_INVALID_REQUEST",
+                    f"{model_id}:{entry.version} has several files; ask for one of them.",
+                    files=[file["path"] for file in entry.files],
+                )
+            file = entry.files[0]
+        else:
+            found = next((file for file in entry.files if file["path"] == path), None)
+            if found is None:
+                raise ModelManagerError("ERR_NOT_FOUND", f"{model_id}:{entry.version} has no file {path}.", path=path)
+            file = found
+        content = await self._content(file, redirect)
+        return OpenedFile(file["path"], file["size"], file["sha256"], file["mediaType"], content, entry.version)
+
+    async def _content(self, file: StoredFile, redirect: bool) -> LocalFile | Stream | Redirect:
+        key = file["key"]
+        if redirect:
+            name = file["path"].rpartition("/")[2]
+            url = await self._store.presign_get(key, expires_s=self._policy.url_s, filename=name)
+            if url is not None:
+                return Redirect(url)
+        local = self._store.local_path(key)
+        return Stream(partial(self._stream, key)) if local is None else LocalFile(local)
+
+    async def _stream(self, key: str, start: int, length: int) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._store.read(key, start, length):
+                yield chunk
+        except BlobMissing:
+            raise ModelManagerError("ERR_CHECKSUM_MISMATCH", "The stored bytes are gone.") from None
+
+    # --- the rack ---
+
+    async def get_storage_stats(self, params: GetStorageStats, context: Context) -> StatsReply:
+        usage = await self._store.usage()
+        catalog, journal, cache = self._registry.catalog, self._registry.journal, self._cache.stats()
+        storage: dict[str, Any] = {
+            "backend": self._store.backend,
+            "blobs": len(catalog.blobs),
+            "blobBytes": catalog.blobs.bytes,
+        }
+        if usage.free_bytes is not None:
+            storage["freeBytes"] = usage.free_bytes
+        if usage.total_bytes is not None:
+            storage["totalBytes"] = usage.total_bytes
+        return {
+            "success": True,
+            "storage": storage,
+            "registry": {
+                "models": catalog.totals.models,
+                "versions": catalog.totals.versions,
+                "bytes": catalog.totals.bytes,
+                "deleted": len(catalog.deleted),
+                "epoch": journal.epoch,
+                "sequence": journal.head,
+            },
+            "cache": {
+                "entries": cache.entries,
+                "bytes": cache.bytes,
+                "hits": cache.hits,
+                "misses": cache.misses,
+            },
+            "replication": {
+                "factor": self._policy.replication_factor,
+                "peers": list(self._policy.peers),
+            },
+        }
+
+    async def get_changes(self, params: GetChanges, context: Context) -> ChangesReply:
+        journal = self._registry.journal
+        if params.epoch != journal.epoch or params.after > journal.head:
+            raise ModelManagerError("ERR_CHANGES_GONE", epoch=journal.epoch, head=journal.head)
+        give_up = time.monotonic() + params.wait_ms / 1000
+        after = params.after
+        while True:
+            head = journal.head
+            entries = await asyncio.to_thread(journal.read, after, params.limit)
+            changes = [
+                hint
+                for entry in entries
+                if (
+                    hint := hint_of(
+                        entry.op,
+                        entry.record,
+                        rack=self._policy.rack,
+                        epoch=journal.epoch,
+                        sequence=entry.sequence,
+                        time_ms=entry.time_ms,
+                    )
+                )
+            ]
+            after = entries[-1].sequence if len(entries) == params.limit else max(after, head)
+            remaining = give_up - time.monotonic()
+            if changes or remaining <= 0:
+                hints: list[dict[str, Any]] = [dict(change) for change in changes]
+                return {"success": True, "epoch": journal.epoch, "head": head, "changes": hints, "next": after}
+            if after >= journal.head:
+                await self._registry.moved(remaining)

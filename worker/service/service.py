@@ -1,0 +1,160 @@
+"""The use cases put together: what the dispatcher calls by method name, and what HTTP streams call directly."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, cast
+
+from schemas.model import ListedVersion, Metadata
+from schemas.rpc import CancelJob, CompleteUpload, GetJob, ReplicateModel, StoreReply, ValidateModel
+from worker.answers import answer_of, store_reply
+from worker.cache import ModelCache
+from worker.content import OpenedFile
+from worker.context import Context
+from worker.jobs.runner import Jobs
+from worker.journal import Entry
+from worker.policy import Policy
+from worker.readiness import Readiness
+from worker.registry import Registry
+from worker.service.checking import Checking
+from worker.service.editing import Editing
+from worker.service.reading import Reading
+from worker.service.storing import Storing
+from worker.storage.blobstore import BlobStore
+from worker.uploads.sessions import UploadSessions
+
+Handler = Callable[[Any, Context], Awaitable[Any]]
+
+
+class ModelService:
+    """One rack's catalog and its bytes. `get_url` and `put_url` make signed addresses of ours for a path."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: BlobStore,
+        policy: Policy,
+        cache: ModelCache,
+        readiness: Readiness,
+        *,
+        get_url: Callable[[str, int], str],
+        put_url: Callable[[str, int], str],
+        job_places: int,
+    ) -> None:
+        self.max_model_size = policy.max_model_size
+        self.uploads = UploadSessions(registry, store, policy, put_url)
+        self.reading = Reading(registry, store, policy, cache, readiness, get_url)
+        self._registry = registry
+        self._storing = Storing(registry, store, policy, cache, self.uploads)
+        editing = Editing(registry, policy, cache)
+        checking = Checking(registry, store, policy, cache)
+        self.jobs = Jobs(
+            registry,
+            {
+                "validateModel": checking.validate,
+                "replicateModel": checking.replicate,
+                "completeUpload": self._complete_upload,
+            },
+            places=job_places,
+        )
+        reading, uploads = self.reading, self.uploads
+        self.handlers: dict[str, Handler] = {
+            "storeModel": self._storing.store_model,
+            "getModel": reading.get_model,
+            "listModels": reading.list_models,
+            "searchModels": reading.search_models,
+            "getModelMetadata": reading.get_model_metadata,
+            "updateModelMetadata": editing.update_model_metadata,
+            "deleteModel": editing.delete_model,
+            "restoreModel": editing.restore_model,
+            "setAlias": editing.set_alias,
+            "deleteAlias": editing.delete_alias,
+            "replicateModel": self._replicate_model,
+            "validateModel": self._validate_model,
+            "getStorageStats": reading.get_storage_stats,
+            "createUpload": uploads.create,
+            "getUpload": uploads.get,
+            "completeUpload": self._begin_complete,
+            "abortUpload": uploads.abort,
+            "getChanges": reading.get_changes,
+            "getJob": self._get_job,
+            "cancelJob": self._cancel_job,
+            "ping": reading.ping,
+        }
+
+    # --- jobs ---
+
+    async def _validate_model(self, params: ValidateModel, context: Context) -> dict[str, Any]:
+        entry = self._registry.catalog.resolve(params.model_id, params.version)
+        return await self._run_job(
+            "validateModel", {"modelId": entry.model, "version": entry.version}, params.wait_ms, context
+        )
+
+    async def _replicate_model(self, params: ReplicateModel, context: Context) -> dict[str, Any]:
+        entry = self._registry.catalog.resolve(params.model_id, params.version)
+        work: dict[str, Any] = {"modelId": entry.model, "version": entry.version}
+        if params.peers is not None:
+            work["peers"] = list(dict.fromkeys(params.peers))
+        return await self._run_job("replicateModel", work, params.wait_ms, context)
+
+    async def _begin_complete(self, params: CompleteUpload, context: Context) -> dict[str, Any]:
+        await self.uploads.describe(params.upload_id)  # refuses an unknown one before a job is recorded
+        return await self._run_job("completeUpload", {"uploadId": params.upload_id}, params.wait_ms, context)
+
+    async def _complete_upload(self, params: dict[str, Any], progress: Callable[[str, int], None]) -> dict[str, Any]:
+        return cast(dict[str, Any], await self.uploads.complete(params["uploadId"], progress))
+
+    async def _run_job(self, method: str, work: dict[str, Any], wait_ms: int, context: Context) -> dict[str, Any]:
+        job_id = await self.jobs.begin(method, work, context)
+        return await self.jobs.result(job_id, wait_ms / 1000)
+
+    async def _get_job(self, params: GetJob, context: Context) -> Any:
+        return await self.jobs.status(params.job_id, params.wait_ms / 1000)
+
+    async def _cancel_job(self, params: CancelJob, context: Context) -> Any:
+        return await self.jobs.cancel(params.job_id)
+
+    # --- repeated requests ---
+
+    async def repeat(self, method: str, entry: Entry, params: Any) -> dict[str, Any]:
+        """The answer to a request whose effect is recorded in `entry`."""
+        record = entry.record
+        if entry.op == "job.begin":
+            return await self.jobs.result(record["job"], params.wait_ms / 1000)
+        if entry.op == "upload.begin":
+            return cast(dict[str, Any], await self.uploads.describe(record["upload"]))
+        if entry.op == "upload.end":
+            return {"success": True, "uploadId": record["upload"], "state": record["state"]}
+        if method == "storeModel" and entry.op == "restore":
+            stored = self._registry.catalog.find(record["model"], record["versions"][0])
+            if stored is not None:
+                return cast(dict[str, Any], store_reply(stored, created=False))
+        return answer_of(entry, self._registry.catalog)
+
+    # --- streams ---
+
+    async def open_file(self, model_id: str, ref: str, path: str | None, *, redirect: bool = False) -> OpenedFile:
+        return await self.reading.open_file(model_id, ref, path, redirect=redirect)
+
+    async def store_stream(
+        self,
+        model_id: str,
+        metadata: Metadata,
+        *,
+        filename: str,
+        chunks: AsyncIterator[bytes],
+        size: int | None,
+        sha256: str | None,
+        context: Context,
+    ) -> StoreReply:
+        return await self._storing.store_stream(
+            model_id, metadata, filename=filename, chunks=chunks, size=size, sha256=sha256, context=context
+        )
+
+    async def receive_file(
+        self, upload_id: str, path: str, chunks: AsyncIterator[bytes], size: int | None, *, context: Context
+    ) -> dict[str, Any]:
+        return await self.uploads.receive(upload_id, path, chunks, size)
+
+    def versions_of(self, model_id: str) -> list[ListedVersion]:
+        return self.reading.versions_of(model_id)

@@ -1,0 +1,38 @@
+"""Bounded random access to a file for the validation hooks, which are synchronous and run in a worker thread."""
+
+from __future__ import annotations
+
+import asyncio
+
+from worker.storage.blobstore import BlobStore
+
+_READ_TIMEOUT_S = 60.0
+
+
+class BytesSource:
+    """Bytes that are in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return self._data[offset : offset + length]
+
+
+class StoredSource:
+    """A stored blob. Made on the event loop, read from a thread."""
+
+    def __init__(self, store: BlobStore, key: str, size: int) -> None:
+        self._store = store
+        self._key = key
+        self._loop = asyncio.get_running_loop()
+        self.size = size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        reading = asyncio.run_coroutine_threadsafe(self._store.read_at(self._key, offset, length), self._loop)
+        data: bytes = reading.result(timeout=_READ_TIMEOUT_S)
+        return data

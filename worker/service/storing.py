@@ -1,0 +1,337 @@
+"""Storing versions: bytes first, durable and verified, then one record."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hashlib
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from schemas.errors import ModelManagerError
+from schemas.ids import digest_of, hex_of
+from schemas.journal import StoredFile, StoreRecord
+from schemas.model import Metadata, media_type, version_digest
+from schemas.rpc import StoreModel, StoreReply
+from worker.answers import store_reply
+from worker.cache import ModelCache
+from worker.catalog.entries import VersionEntry
+from worker.context import Context
+from worker.journal import Entry
+from worker.policy import Policy
+from worker.registry import Change, Registry
+from worker.replication.placement import place
+from worker.service.sources import BytesSource, StoredSource
+from worker.storage.blobstore import BlobInfo, BlobStore
+from worker.uploads.sessions import UploadSessions
+from worker.validation.registry import examine, refusal
+from worker.validation.source import Source
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Inline:
+    """A file whose bytes came inside the message."""
+
+    path: str
+    data: bytes
+    sha256: str
+
+
+class Storing:
+    """storeModel in its three forms, and the streaming upload of one file."""
+
+    def __init__(
+        self, registry: Registry, store: BlobStore, policy: Policy, cache: ModelCache, uploads: UploadSessions
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._policy = policy
+        self._cache = cache
+        self._uploads = uploads
+
+    async def store_model(self, params: StoreModel, context: Context) -> StoreReply:
+        self._policy.check_type(params.metadata.type)
+        if params.upload_id is not None:
+            return await self._store_uploaded(params, context)
+        inline = _decode(params, self._policy.max_inline_size)
+        existing = self._existing(params.model_id, params.metadata, [(f.path, len(f.data), f.sha256) for f in inline])
+        if existing is None and self._policy.check_formats:
+            await self._examine(params.metadata.type, [(file.path, BytesSource(file.data)) for file in inline])
+        with self._pins() as pins:
+            if existing is None:
+                files = [await self._put_inline(file, params, pins) for file in inline]
+            else:
+                files = list(existing.files)
+            reply = await self._commit(params.model_id, params.metadata, files, context)
+        if reply["created"]:
+            self._cache.put(
+                params.model_id,
+                params.metadata.version,
+                {file.sha256: file.data for file in inline},
+                self._peers(params.model_id, params.metadata.version),
+            )
+        return reply
+
+    async def store_stream(
+        self,
+        model_id: str,
+        metadata: Metadata,
+        *,
+        filename: str,
+        chunks: AsyncIterator[bytes],
+        size: int | None,
+        sha256: str | None,
+        context: Context,
+    ) -> StoreReply:
+        """Store a version of one file from a stream of unknown length; `sha256` in hex, if the caller declared it."""
+        self._policy.check_type(metadata.type)
+        self._check_not_alias(model_id, metadata.version)
+        if size is not None:
+            self._policy.check_size(size)
+        with self._pins() as pins:
+            key = pins.new(self._store.new_key())
+            stored = await self._store.put(
+                key,
+                chunks,
+                info=self._info(model_id, metadata),
+                size=size,
+                sha256=sha256,
+                max_size=self._policy.max_model_size,
+            )
+            existing = self._existing(model_id, metadata, [(filename, stored.size, stored.sha256)])
+            if existing is None and self._policy.check_formats:
+                source = StoredSource(self._store, key, stored.size)
+                await self._examine(metadata.type, [(filename, source)])
+            known = self._registry.catalog.blobs.key_of(stored.sha256)
+            if known is not None:
+                key = pins.new(known)
+            file = _stored_file(filename, stored.size, stored.sha256, key)
+            reply = await self._commit(model_id, metadata, [file], context)
+        if reply["created"]:
+            self._cache.put(model_id, metadata.version, {}, self._peers(model_id, metadata.version))
+        return reply
+
+    async def _store_uploaded(self, params: StoreModel, context: Context) -> StoreReply:
+        upload = self._uploads.completed(params.upload_id or "", params.model_id, params.metadata.version)
+        if upload.state == "stored":
+            entry = self._registry.catalog.resolve(params.model_id, params.metadata.version)
+            return store_reply(entry, created=False)
+        files = list(upload.stored_files)
+        with self._pins() as pins:
+            for file in files:
+                pins.new(file["key"])
+            existing = self._existing(
+                params.model_id, params.metadata, [(file["path"], file["size"], file["sha256"]) for file in files]
+            )
+            if existing is None and self._policy.check_formats:
+                sources = [(f["path"], StoredSource(self._store, f["key"], f["size"])) for f in files]
+                await self._examine(params.metadata.type, sources)
+            reply = await self._commit(params.model_id, params.metadata, files, context, upload=upload.id)
+        if reply["created"]:
+            self._cache.put(
+                params.model_id,
+                params.metadata.version,
+                {},
+                self._peers(params.model_id, params.metadata.version),
+            )
+        return reply
+
+    async def _put_inline(self, file: _Inline, params: StoreModel, pins: _Pins) -> StoredFile:
+        known = self._registry.catalog.blobs.key_of(file.sha256)
+        if known is not None:
+            return _stored_file(file.path, len(file.data), file.sha256, pins.new(known))
+        key = pins.new(self._store.new_key())
+        await self._store.put(
+            key,
+            _once(file.data),
+            info=self._info(params.model_id, params.metadata),
+            size=len(file.data),
+            sha256=file.sha256,
+            max_size=self._policy.max_model_size,
+        )
+        return _stored_file(file.path, len(file.data), file.sha256, key)
+
+    async def _examine(self, model_type: str, files: Sequence[tuple[str, Source]]) -> None:
+        findings = await asyncio.to_thread(examine, model_type, files, allow_pickle=self._policy.allow_pickle)
+        error = refusal(findings)
+        if error is not None:
+            raise error
+
+    # --- the commit ---
+
+    def _existing(
+        self, model_id: str, metadata: Metadata, files: Sequence[tuple[str, int, str]]
+    ) -> VersionEntry | None:
+        """The stored version if it has the same files and type; ERR_MODEL_ALREADY_EXISTS if it has others."""
+        catalog = self._registry.catalog
+        twin = catalog.case_twin(model_id)
+        if twin is not None:
+            raise ModelManagerError("ERR_CONFLICT", f"The model {twin} differs in case only.", modelId=twin)
+        entry = catalog.find(model_id, metadata.version)
+        if entry is None:
+            self._check_not_alias(model_id, metadata.version)
+            return None
+        stored = sorted((file["path"], file["size"], file["sha256"]) for file in entry.files)
+        if entry.type != metadata.type or stored != sorted(files):
+            raise ModelManagerError(
+                "ERR_MODEL_ALREADY_EXISTS",
+                f"{model_id}:{entry.version} is stored already, with other files or another type.",
+                checksum=digest_of(entry.checksum),
+                type=entry.type,
+                state=entry.state,
+            )
+        return entry
+
+    def _check_not_alias(self, model_id: str, version: str) -> None:
+        model = self._registry.catalog.model(model_id)
+        if model is not None and version in model.aliases:
+            raise ModelManagerError("ERR_CONFLICT", f"{version} is an alias of {model_id}.", alias=version)
+
+    async def _commit(
+        self,
+        model_id: str,
+        metadata: Metadata,
+        files: list[StoredFile],
+        context: Context,
+        *,
+        upload: str | None = None,
+    ) -> StoreReply:
+        size = sum(file["size"] for file in files)
+        self._policy.check_size(size)
+
+        def decide() -> Change | StoreReply:
+            existing = self._existing(model_id, metadata, [(f["path"], f["size"], f["sha256"]) for f in files])
+            if existing is None:
+                return Change("store", self._record(model_id, metadata, files, size, context, upload))
+            if existing.deleted_at is None:
+                return store_reply(existing, created=False)
+            record = {"model": model_id, "versions": [existing.version], "whole": False}
+            record["replicas"] = list(existing.replicas)
+            if context.idempotency is not None:
+                record["idem"] = context.idempotency
+            return Change("restore", record)
+
+        keys = [file["key"] for file in files]
+        outcome = await self._registry.transact(model_id.lower(), decide, pins=keys)
+        if not isinstance(outcome, Entry):
+            return outcome
+        entry = self._registry.catalog.find(model_id, metadata.version)
+        if entry is None:  # deleted and purged by someone else since
+            raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"{model_id}:{metadata.version} was purged meanwhile.")
+        return store_reply(entry, created=outcome.op == "store")
+
+    def _record(
+        self,
+        model_id: str,
+        metadata: Metadata,
+        files: list[StoredFile],
+        size: int,
+        context: Context,
+        upload: str | None,
+    ) -> StoreRecord:
+        checksum = (
+            files[0]["sha256"]
+            if len(files) == 1
+            else version_digest((file["path"], file["size"], file["sha256"]) for file in files)
+        )
+        policy = self._policy
+        record: StoreRecord = {
+            "model": model_id,
+            "version": metadata.version,
+            "type": metadata.type,
+            "files": sorted(files, key=lambda file: file["path"].encode()),
+            "metadata": metadata.as_dict(),
+            "checksum": checksum,
+            "size": size,
+            "created": time.time_ns() // 1_000_000,
+            "origin": policy.rack,
+            "replicas": list(place(checksum, policy.peers, policy.replication_factor, policy.rack)),
+        }
+        if upload is not None:
+            record["upload"] = upload
+        if context.idempotency is not None:
+            record["idem"] = context.idempotency
+        return record
+
+    def _info(self, model_id: str, metadata: Metadata) -> BlobInfo:
+        return BlobInfo(format=metadata.type, model=model_id, version=metadata.version, rack=self._policy.rack)
+
+    def _peers(self, model_id: str, version: str) -> tuple[str, ...]:
+        entry = self._registry.catalog.find(model_id, version)
+        return () if entry is None else entry.replicas
+
+    @contextlib.contextmanager
+    def _pins(self) -> Iterator[_Pins]:
+        pins = _Pins(self._registry)
+        try:
+            yield pins
+        finally:
+            self._registry.unpin(pins.keys)
+
+
+class _Pins:
+    """The storage keys that one store keeps from being removed until its commit."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self.keys: list[str] = []
+
+    def new(self, key: str) -> str:
+        self._registry.pin([key])
+        self.keys.append(key)
+        return key
+
+
+def _decode(params: StoreModel, limit: int) -> list[_Inline]:
+    """The inline files, decoded and checked against their declared checksums."""
+    if params.files is not None:
+        given = [(f"files.{i}.data", f.path, f.data, f.checksum) for i, f in enumerate(params.files)]
+    else:
+        filename = params.filename or f"model.{params.metadata.type}"
+        given = [("modelData", filename, params.model_data or "", params.checksum)]
+    if sum(len(text) for _, _, text, _ in given) // 4 * 3 > limit + 2 * len(given):
+        raise _too_large(limit)
+    files = []
+    total = 0
+    for place_, path, text, checksum in given:
+        try:
+            data = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            raise ModelManagerError("ERR_INVALID_MODEL_DATA", f"{place_}: not base64 (RFC 4648, padded).") from None
+        total += len(data)
+        if total > limit:
+            raise _too_large(limit)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if checksum is not None and hex_of(checksum) != sha256:
+            raise ModelManagerError(
+                "ERR_CHECKSUM_MISMATCH",
+                f"{place_}: the bytes do not have the declared checksum.",
+                path=path,
+                expected=checksum,
+                actual=digest_of(sha256),
+            )
+        files.append(_Inline(path, data, sha256))
+    return files
+
+
+def _too_large(limit: int) -> ModelManagerError:
+    return ModelManagerError(
+        "ERR_MODEL_TOO_LARGE",
+        f"At most {limit} bytes may come inside a message; upload what is larger.",
+        maxInlineSize=limit,
+    )
+
+
+def _stored_file(path: str, size: int, sha256: str, key: str) -> StoredFile:
+    return {"path": path, "size": size, "sha256": sha256, "mediaType": media_type(path), "key": key}
+
+
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    yield data

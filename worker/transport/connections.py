@@ -1,0 +1,177 @@
+"""Connections to the broker: opened with our settings, kept up for ever, their failures told in one way.
+
+They are made with aiormq, the engine of aio-pika: its robust connection waits a fixed time between attempts, replays
+declarations that the broker may refuse for ever, and costs two to three times as much for each message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import aiormq
+from aiormq.abc import AbstractConnection
+from aiormq.channel import Channel
+from aiormq.connection import TCPTransportFactory, TLSTransportFactory, TransportFactory
+from aiormq.exceptions import AMQPError, AuthenticationError, DeliveryError, ProbableAuthenticationError
+from yarl import URL
+
+from worker.transport import amqp_decoding
+
+HEARTBEAT_S = 20
+CONNECT_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 5.0
+RETRY_FIRST_S = 0.2
+RETRY_LONGEST_S = 15.0
+HEALTHY_AFTER_S = 5.0
+
+Session = Callable[[AbstractConnection], Awaitable[None]]
+
+
+class LinkLostError(Exception):
+    """The connection or channel under an operation is gone, or did not answer in time."""
+
+
+@contextmanager
+def link_failures() -> Iterator[None]:
+    """Turn whatever aiormq raises for a lost channel into LinkLostError.
+
+    That includes a CancelledError which nobody sent: aiormq ends the waiters of a closed channel with one. A message
+    that the broker returned or refused is no lost link: its DeliveryError passes.
+    """
+    try:
+        yield
+    except DeliveryError:
+        raise
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise LinkLostError("the channel was closed") from None
+    except (AMQPError, OSError, TimeoutError, RuntimeError) as error:
+        raise LinkLostError(reason_of(error)) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a connection failed, in words that hold no address and no credentials."""
+    if isinstance(error, AuthenticationError | ProbableAuthenticationError):
+        return "the broker refused the login"
+    if isinstance(error, LinkLostError):
+        return str(error)
+    if isinstance(error, OSError | TimeoutError | aiormq.AMQPConnectionError) and not _has_reply_text(error):
+        return "the broker cannot be reached"
+    return next((str(part) for part in reversed(error.args) if isinstance(part, str)), type(error).__name__)
+
+
+def _has_reply_text(error: BaseException) -> bool:
+    """Whether the broker itself gave the reason, as `CODE_IN_CAPITALS - text`."""
+    return any(isinstance(part, str) and part[:3].isupper() for part in error.args)
+
+
+class _DeadPeerDetection(TransportFactory):
+    """Lets the kernel give up on bytes that nobody acknowledges, long before aiormq's 63 seconds of silence."""
+
+    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        factory = TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory()
+        reader, writer = await factory.create(url, **options)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, HEARTBEAT_S * 1000)
+        return reader, writer
+
+
+async def open_connection(url: str, name: str) -> AbstractConnection:
+    """A connection shown as `name` at the broker; LinkLostError when there is none within `CONNECT_TIMEOUT_S`."""
+    amqp_decoding.install()
+    with link_failures():
+        address = URL(url).update_query(heartbeat=str(HEARTBEAT_S), name=name)
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            return await aiormq.connect(address, transport_factory=_DeadPeerDetection())
+
+
+async def open_channel(connection: AbstractConnection, *, confirms: bool) -> Channel:
+    """A new channel; LinkLostError when there is none within `CONNECT_TIMEOUT_S`."""
+    with link_failures():
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            channel = await connection.channel(publisher_confirms=confirms)
+    assert isinstance(channel, Channel)  # aiormq's abstract channel leaves out what we need of it
+    return channel
+
+
+async def close_connection(connection: AbstractConnection) -> None:
+    """Close it as far as it still goes; never raises but CancelledError."""
+    try:
+        with link_failures():
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                if connection.is_opened:
+                    await connection.write_queue.join()  # acknowledgements among it, which aiormq would drop
+                await connection.close()
+    except LinkLostError:
+        pass
+    if not connection.closing.done():
+        await asyncio.wait([connection.closing], timeout=CLOSE_TIMEOUT_S)
+
+
+def is_blocked(connection: AbstractConnection) -> bool:
+    """Whether the broker has announced that it reads nothing more from this connection."""
+    # aiormq tells it only by a coroutine that waits for the end of the block: one step shows whether it would wait.
+    waiting = connection.ready().__await__()
+    try:
+        next(iter(waiting))
+    except StopIteration:
+        return False
+    waiting.close()
+    return True
+
+
+def retry_delays() -> Iterator[float]:
+    """Seconds between attempts: doubling from `RETRY_FIRST_S` to `RETRY_LONGEST_S`, with jitter, without end."""
+    delay = RETRY_FIRST_S
+    while True:
+        yield delay * random.uniform(0.5, 1.0)
+        delay = min(delay * 2, RETRY_LONGEST_S)
+
+
+class Link:
+    """One connection that is made again whenever it is lost.
+
+    `session` runs on each connection and should return or raise LinkLostError once it is of no more use. `changed` is
+    called after every change of `up` or `reason`.
+    """
+
+    def __init__(self, *, url: str, name: str, session: Session, changed: Callable[[], None]) -> None:
+        self._url = url
+        self._name = name
+        self._session = session
+        self._changed = changed
+        self.up = False
+        self.reason = "not connected yet"
+        self.connections = 0
+
+    async def run(self) -> None:
+        """Connect, run the session, and again, until cancelled."""
+        delays = retry_delays()
+        while True:
+            started = time.monotonic()
+            try:
+                connection = await open_connection(self._url, self._name)
+                try:
+                    self.connections += 1
+                    self._set(up=True, reason="")
+                    await self._session(connection)
+                finally:
+                    self._set(up=False, reason=self.reason or "the connection was lost")
+                    await close_connection(connection)
+            except LinkLostError as error:
+                self._set(up=False, reason=str(error))
+            if time.monotonic() - started > HEALTHY_AFTER_S:
+                delays = retry_delays()
+            await asyncio.sleep(next(delays))
+
+    def _set(self, *, up: bool, reason: str) -> None:
+        self.up, self.reason = up, reason
+        self._changed()

@@ -1,0 +1,139 @@
+"""The consumer on the request queue: registered, watched, paused, and registered again.
+
+A connection that dies costs every unacknowledged message on it one delivery out of its limit. So each session starts
+with a prefetch of 1: after an unclean end the queue begins with redeliveries, and if one of them killed the last
+worker it dies alone. The first message that is no redelivery opens the prefetch in full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from aiormq.abc import AbstractConnection, DeliveredMessage
+from aiormq.channel import Channel
+
+from worker.transport.connections import LinkLostError, link_failures, open_channel
+
+CAUTIOUS_PREFETCH = 1
+WATCH_INTERVAL_S = 30.0
+ANSWER_TIMEOUT_S = 10.0
+
+
+class Consumer:
+    """Consumes while it is open and not paused.
+
+    `prepare` makes or checks the queue, at the start of a session and after the broker has cancelled the consumer.
+    `deliver` gets each message, on the event loop, and must return at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        queue: str,
+        prefetch: int,
+        prepare: Callable[[AbstractConnection], Awaitable[None]],
+        deliver: Callable[[DeliveredMessage], None],
+    ) -> None:
+        self._queue = queue
+        self._prefetch = prefetch
+        self._prepare = prepare
+        self._deliver = deliver
+        self._open = True
+        self._paused = True
+        self._proven = False
+        self._cancelled = False
+        self._tag: str | None = None
+        self._registered_prefetch = 0
+        self._wake = asyncio.Event()
+        self._unregistered = asyncio.Event()
+        self._unregistered.set()
+
+    @property
+    def consuming(self) -> bool:
+        """A consumer is registered at the broker."""
+        return self._tag is not None
+
+    def pause(self, paused: bool) -> None:
+        """Take no work for now, or take it again."""
+        self._paused = paused
+        self._wake.set()
+
+    async def stop(self) -> None:
+        """Take no work any more; return when the consumer is cancelled or lost."""
+        self._open = False
+        self._wake.set()
+        await self._unregistered.wait()
+
+    async def session(self, connection: AbstractConnection) -> None:
+        """Consume on this connection until it or its channel is lost; then raise LinkLostError."""
+        await self._prepare(connection)
+        channel = await open_channel(connection, confirms=False)
+        channel.closing.add_done_callback(lambda _: self._wake.set())
+        channel.on_consumer_cancel_callbacks.add(self._on_cancel)
+        self._proven, self._cancelled = False, False
+        try:
+            while True:
+                self._wake.clear()
+                await self._adjust(connection, channel)
+                try:
+                    async with asyncio.timeout(WATCH_INTERVAL_S):
+                        await self._wake.wait()
+                except TimeoutError:
+                    await self._watch(connection)
+        finally:
+            self._set_registered(None, 0)
+
+    async def _adjust(self, connection: AbstractConnection, channel: Channel) -> None:
+        """Bring the consumer at the broker to what is wanted now."""
+        if channel.is_closed:
+            raise LinkLostError("the consuming channel was closed")
+        if self._cancelled:
+            self._cancelled = False
+            self._set_registered(None, 0)
+            await self._prepare(connection)
+        wanted = self._wanted_prefetch()
+        if wanted == self._registered_prefetch:
+            return
+        with link_failures():
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                if self._tag is not None:
+                    # A prefetch applies to the consumers registered after it.
+                    await channel.basic_cancel(self._tag)
+                    self._set_registered(None, 0)
+                if wanted:
+                    await channel.basic_qos(prefetch_count=wanted)
+                    registered = await channel.basic_consume(self._queue, self._on_message)
+                    self._set_registered(registered.consumer_tag, wanted)
+
+    def _wanted_prefetch(self) -> int:
+        if self._paused or not self._open:
+            return 0
+        return self._prefetch if self._proven else CAUTIOUS_PREFETCH
+
+    async def _watch(self, connection: AbstractConnection) -> None:
+        """Ask the broker whether the queue still has a consumer; a broker that does not answer is lost too."""
+        channel = await open_channel(connection, confirms=False)
+        with link_failures():
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                declared = await channel.queue_declare(self._queue, passive=True)
+                await channel.close()
+        if self._tag is not None and not declared.consumer_count:
+            raise LinkLostError("the consumer has vanished from the queue")
+
+    async def _on_message(self, message: DeliveredMessage) -> None:
+        if not (self._proven or message.redelivered):
+            self._proven = True
+            self._wake.set()
+        self._deliver(message)
+
+    def _on_cancel(self, _frame: object) -> None:
+        self._cancelled = True
+        self._wake.set()
+
+    def _set_registered(self, tag: str | None, prefetch: int) -> None:
+        self._tag, self._registered_prefetch = tag, prefetch
+        if tag is None:
+            self._unregistered.set()
+        else:
+            self._unregistered.clear()

@@ -1,0 +1,289 @@
+"""The publishing connection: replies and dead letters.
+
+It is apart from the consuming one, because the broker stops reading from publishers when it is short of memory or disk,
+and acknowledgements must get through then. Whatever kills a channel kills all that is under way on it, so direct
+replies, confirmed publishes and hints have a channel each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiormq.abc import AbstractConnection, DeliveredMessage
+from aiormq.channel import Channel
+from aiormq.exceptions import ChannelNotFoundEntity, DeliveryError
+from pamqp import encode
+from pamqp.commands import Basic
+from pamqp.common import FieldTable
+
+from schemas.errors import ModelManagerError
+from schemas.wire import dump
+from worker.transport.amqp_decoding import UnreadableTable, printable
+from worker.transport.amqp_observer import AmqpObserver
+from worker.transport.connections import LinkLostError, is_blocked, link_failures, open_channel
+from worker.transport.deliveries import Request
+from worker.transport.reply_addresses import is_direct
+from worker.transport.topology import DEAD_EXCHANGE
+
+PUBLISH_TIMEOUT_S = 10.0
+PATIENCE_S = 30.0
+BLOCK_POLL_S = 0.2
+MAX_REPLY_BYTES = 4_000_000
+# A larger one waits until the socket has taken it, which bounds what piles up for a slow broker.
+MAX_UNAWAITED_BYTES = 16_384
+# A header frame holds all properties in one frame, at most 128 KiB at the broker's default.
+MAX_HEADER_BYTES = 100_000
+# Sender-selected distribution: these would send the copy to queues of the sender's choice.
+_ROUTING_HEADERS = ("CC", "BCC")
+
+
+class Outlet:
+    """A channel to publish on, opened when first needed and again whenever it was closed."""
+
+    def __init__(self, *, confirms: bool) -> None:
+        self._confirms = confirms
+        self._connection: AbstractConnection | None = None
+        self._channel: Channel | None = None
+        self._lock = asyncio.Lock()
+
+    def attach(self, connection: AbstractConnection | None) -> None:
+        """Publish on this connection from now on."""
+        self._connection, self._channel = connection, None
+
+    async def channel(self) -> Channel:
+        """The open channel; LinkLostError when there is no connection to open it on."""
+        if self._channel is not None and not self._channel.is_closed:
+            return self._channel
+        async with self._lock:
+            if self._channel is None or self._channel.is_closed:
+                if self._connection is None:
+                    raise LinkLostError("the publishing connection is down")
+                self._channel = await open_channel(self._connection, confirms=self._confirms)
+            return self._channel
+
+
+class Publisher:
+    """Publishes on whatever connection its session runs on.
+
+    `repair` is called when an exchange is missing, to make it again where that is allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        rack: str,
+        observer: AmqpObserver,
+        repair: Callable[[AbstractConnection], Awaitable[None]],
+        changed: Callable[[], None],
+    ) -> None:
+        self._rack = rack
+        self._observer = observer
+        self._repair = repair
+        self._changed = changed
+        self._direct = Outlet(confirms=False)
+        self._confirmed = Outlet(confirms=True)
+        self.hints = Outlet(confirms=True)
+        self._connection: AbstractConnection | None = None
+        self._usable = asyncio.Event()
+        self._dead_letter_lock = asyncio.Lock()
+        self.blocked = False
+
+    async def session(self, connection: AbstractConnection) -> None:
+        """Serve publishes on this connection until it closes, and watch whether the broker blocks it."""
+        closed = connection.closing
+        self._attach(connection)
+        try:
+            while not closed.done():
+                self._set_blocked(is_blocked(connection))
+                await asyncio.wait([closed], timeout=BLOCK_POLL_S)
+        finally:
+            self._attach(None)
+            self._set_blocked(False)
+            closed.cancel()
+
+    @property
+    def usable(self) -> bool:
+        """Connected, and not blocked."""
+        return self._usable.is_set()
+
+    async def wait_usable(self) -> None:
+        """Return as soon as publishing may succeed."""
+        await self._usable.wait()
+
+    async def reply(self, request: Request, body: bytes) -> None:
+        """Answer `request`. A requester that has gone is counted, and no failure.
+
+        A direct reply has been handed to the socket, any other one is confirmed. LinkLostError: not sent within
+        `PATIENCE_S`, or nobody knows.
+        """
+        properties = Basic.Properties(
+            content_type="application/json",
+            correlation_id=request.correlation_id or None,
+            delivery_mode=1,
+            headers={"traceparent": request.traceparent} if request.traceparent else None,
+        )
+        await self._patiently(lambda: self._reply_once(request.reply_to, body, properties))
+
+    async def _reply_once(self, reply_to: str, body: bytes, properties: Basic.Properties) -> None:
+        properties.message_id = None  # a fresh one for each publish: aiormq finds returned messages by it
+        if is_direct(reply_to):
+            channel = await self._direct.channel()
+            with link_failures():
+                await channel.basic_publish(
+                    body,
+                    routing_key=reply_to,
+                    properties=properties,
+                    timeout=PUBLISH_TIMEOUT_S,
+                    wait=len(body) > MAX_UNAWAITED_BYTES,
+                )
+            return
+        try:
+            await self.confirmed(self._confirmed, body, exchange="", key=reply_to, properties=properties)
+        except DeliveryError:
+            self._observer.reply_unroutable()
+
+    async def dead_letter(self, message: DeliveredMessage, code: str, reason: str) -> bool:
+        """Put a copy of the message, with the reason, among the rack's dead letters; False when no queue took it.
+
+        LinkLostError: not confirmed within `PATIENCE_S`.
+        """
+        properties = _dead_letter_properties(message.header.properties, code, reason)
+        try:
+            # One at a time: the copy keeps its message_id, and aiormq finds returned messages by it.
+            async with self._dead_letter_lock:
+                await self._patiently(
+                    lambda: self.confirmed(
+                        self._confirmed, message.body, exchange=DEAD_EXCHANGE, key=self._rack, properties=properties
+                    )
+                )
+        except DeliveryError:
+            return False
+        self._observer.dead_lettered(code)
+        return True
+
+    async def confirmed(
+        self,
+        outlet: Outlet,
+        body: bytes,
+        *,
+        exchange: str,
+        key: str,
+        properties: Basic.Properties,
+        mandatory: bool = True,
+    ) -> None:
+        """Publish once, until confirmed. DeliveryError: returned or refused. LinkLostError: nobody knows."""
+        started = time.monotonic()
+        channel = await outlet.channel()
+        try:
+            with link_failures():
+                await channel.basic_publish(
+                    body,
+                    exchange=exchange,
+                    routing_key=key,
+                    properties=properties,
+                    mandatory=mandatory,
+                    timeout=PUBLISH_TIMEOUT_S,
+                )
+        except LinkLostError as error:
+            self._observer.publish_failed()
+            if isinstance(error.__cause__, ChannelNotFoundEntity) and self._connection is not None:
+                await self._repair(self._connection)
+            raise
+        self._observer.publish_confirmed(time.monotonic() - started)
+
+    async def _patiently(self, publish: Callable[[], Awaitable[None]]) -> None:
+        """Publish as soon as the connection allows, and once more for each connection lost, within `PATIENCE_S`."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while True:
+                    await self._usable.wait()
+                    connection = self._connection
+                    try:
+                        return await publish()
+                    except LinkLostError:
+                        if connection is self._connection:  # it lives: this was its channel, or the broker hangs
+                            await asyncio.sleep(BLOCK_POLL_S)
+        except TimeoutError:
+            raise LinkLostError("the broker takes no replies") from None
+
+    def _attach(self, connection: AbstractConnection | None) -> None:
+        self._connection = connection
+        for outlet in (self._direct, self._confirmed, self.hints):
+            outlet.attach(connection)
+        self._update()
+
+    def _set_blocked(self, blocked: bool) -> None:
+        if blocked != self.blocked:
+            self.blocked = blocked
+            self._observer.blocked(blocked)
+            self._update()
+
+    def _update(self) -> None:
+        if self._connection is not None and not self.blocked:
+            self._usable.set()
+        else:
+            self._usable.clear()
+        self._changed()
+
+
+def encode_reply(reply: dict[str, Any]) -> bytes:
+    """The reply as JSON; one that is too large or is no JSON becomes an error reply."""
+    try:
+        body = dump(reply)
+    except TypeError:  # orjson's error for what JSON cannot hold, such as lone surrogates
+        return dump(ModelManagerError("ERR_INTERNAL").body())
+    if len(body) > MAX_REPLY_BYTES:
+        message = f"The reply is over {MAX_REPLY_BYTES} bytes; ask for less."
+        return dump(ModelManagerError("ERR_MODEL_TOO_LARGE", message, maxReplySize=MAX_REPLY_BYTES).body())
+    return body
+
+
+def _dead_letter_properties(original: Basic.Properties, code: str, reason: str) -> Basic.Properties:
+    """The message's own properties and the reason, without what would expire, divert or refuse the copy."""
+    refused: FieldTable = {"x-error-code": code, "x-error-message": printable(reason)}
+    headers = _encodable(original.headers or {})
+    for name in _ROUTING_HEADERS:
+        headers.pop(name, None)
+    if isinstance(original.headers, UnreadableTable) or not _fits(headers):
+        headers = {}
+    return Basic.Properties(
+        content_type=original.content_type,
+        content_encoding=original.content_encoding,
+        headers={**headers, **refused},
+        delivery_mode=2,
+        priority=original.priority,
+        correlation_id=original.correlation_id,
+        reply_to=original.reply_to,
+        message_id=original.message_id,
+        timestamp=original.timestamp,
+        message_type=original.message_type,
+        app_id=original.app_id,
+    )
+
+
+def _encodable(table: FieldTable) -> FieldTable:
+    """Decoded headers in a form that pamqp can encode: names in UTF-8, and bytes as byte arrays."""
+
+    def convert(value: Any) -> Any:
+        match value:
+            case bytes():
+                return bytearray(value)
+            case dict():
+                return {printable(name): convert(member) for name, member in value.items()}
+            case list():
+                return [convert(member) for member in value]
+            case _:
+                return value
+
+    return {printable(name): convert(value) for name, value in table.items()}
+
+
+def _fits(headers: FieldTable) -> bool:
+    try:
+        return len(encode.field_table(headers)) <= MAX_HEADER_BYTES
+    except (TypeError, ValueError, ArithmeticError, struct.error):
+        return False

@@ -1,0 +1,189 @@
+"""The exchanges, queues and bindings on RabbitMQ, as data, and the two things done with them: provision and check.
+
+Every rack has a request queue and a queue for dead letters; the three exchanges are shared by all racks. Both queues
+are quorum queues. The request queue dead-letters at least once, which needs `reject-publish` (with `drop-head` the
+broker falls back to at most once), and has its own dead-letter routing key: without it expired requests find no queue
+behind the exchange, stay, and fill the rack's queue. The dead-letter queue drops its oldest, so it never refuses one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from aiormq.abc import AbstractConnection
+from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity, ChannelPreconditionFailed
+from pamqp.common import FieldTable
+
+from schemas.ids import new_ulid
+from worker.transport.connections import link_failures, open_channel
+
+RPC_EXCHANGE = "model-manager.rpc"
+DEAD_EXCHANGE = "model-manager.dlx"
+HINT_EXCHANGE = "model-manager.hints"
+
+DELIVERY_LIMIT = 20
+MAX_REQUESTS = 10_000
+MAX_REQUEST_BYTES = 256_000_000
+MAX_DEAD_LETTERS = 10_000
+DEAD_LETTER_TTL_MS = 14 * 24 * 3600 * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    name: str
+    kind: Literal["topic", "direct", "fanout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    name: str
+    arguments: FieldTable
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    exchange: str
+    queue: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    exchanges: tuple[Exchange, ...]
+    queues: tuple[Queue, ...]
+    bindings: tuple[Binding, ...]
+
+    @property
+    def objects(self) -> tuple[Exchange | Queue, ...]:
+        return (*self.exchanges, *self.queues)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is not as it should be. A `missing` object keeps the worker from its work, a `different` one does not."""
+
+    kind: Literal["missing", "different", "unverified"]
+    name: str
+    reason: str = field(default="")
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.name}" + (f" ({self.reason})" if self.reason else "")
+
+
+def request_queue(rack: str) -> str:
+    return f"model-manager-{rack}"
+
+
+def dead_letter_queue(rack: str) -> str:
+    return f"model-manager-{rack}.dead"
+
+
+def new_hint_queue(rack: str) -> str:
+    """A name for one listener's exclusive queue; not the broker's choice, since callers may reply to `amq.gen-*`."""
+    return f"model-manager-{rack}.hints.{new_ulid()}"
+
+
+def topology(rack: str) -> Topology:
+    """All that a rack needs. What belongs to one listener or one caller is declared by these."""
+    return Topology(
+        exchanges=(
+            Exchange(RPC_EXCHANGE, "topic"),
+            Exchange(DEAD_EXCHANGE, "direct"),
+            Exchange(HINT_EXCHANGE, "fanout"),
+        ),
+        queues=(
+            Queue(
+                dead_letter_queue(rack),
+                {
+                    "x-queue-type": "quorum",
+                    "x-max-length": MAX_DEAD_LETTERS,
+                    "x-overflow": "drop-head",
+                    "x-message-ttl": DEAD_LETTER_TTL_MS,
+                },
+            ),
+            Queue(
+                request_queue(rack),
+                {
+                    "x-queue-type": "quorum",
+                    "x-single-active-consumer": True,
+                    "x-delivery-limit": DELIVERY_LIMIT,
+                    "x-dead-letter-exchange": DEAD_EXCHANGE,
+                    "x-dead-letter-routing-key": rack,
+                    "x-dead-letter-strategy": "at-least-once",
+                    "x-overflow": "reject-publish",
+                    "x-max-length": MAX_REQUESTS,
+                    "x-max-length-bytes": MAX_REQUEST_BYTES,
+                },
+            ),
+        ),
+        bindings=(
+            Binding(DEAD_EXCHANGE, dead_letter_queue(rack), rack),
+            Binding(RPC_EXCHANGE, request_queue(rack), f"{rack}.*"),
+        ),
+    )
+
+
+async def provision(connection: AbstractConnection, rack: str) -> list[Problem]:
+    """Create what is missing and leave what exists; return what exists otherwise. Doing it again changes nothing.
+
+    What the login may not do is an `unverified` problem. Raises LinkLostError when the connection is lost.
+    """
+    wanted = topology(rack)
+    problems = [await _declare(connection, item) for item in wanted.objects]
+    problems += [await _bind(connection, binding) for binding in wanted.bindings]
+    return [problem for problem in problems if problem is not None]
+
+
+async def check(connection: AbstractConnection, rack: str) -> list[Problem]:
+    """What is missing or different; creates nothing. Bindings cannot be read over AMQP and are not checked.
+
+    Raises LinkLostError when the connection is lost.
+    """
+    wanted = topology(rack)
+    found: list[Problem] = []
+    for item in wanted.objects:
+        # A passive declaration compares no arguments. Declaring what surely exists does, and creates nothing.
+        problem = await _declare(connection, item, passive=True) or await _declare(connection, item)
+        if problem is not None:
+            found.append(problem)
+    return found
+
+
+async def _declare(connection: AbstractConnection, item: Exchange | Queue, *, passive: bool = False) -> Problem | None:
+    # The broker closes the channel with a refusal, so each declaration has a channel of its own.
+    channel = await open_channel(connection, confirms=False)
+    with link_failures():
+        try:
+            if isinstance(item, Queue):
+                await channel.queue_declare(item.name, durable=True, passive=passive, arguments=item.arguments)
+            else:
+                await channel.exchange_declare(item.name, exchange_type=item.kind, durable=True, passive=passive)
+        except ChannelNotFoundEntity:
+            return Problem("missing", item.name)
+        except ChannelPreconditionFailed as error:
+            return Problem("different", item.name, _broker_text(error))
+        except ChannelAccessRefused as error:
+            return Problem("unverified", item.name, _broker_text(error))
+        await channel.close()
+    return None
+
+
+async def _bind(connection: AbstractConnection, binding: Binding) -> Problem | None:
+    channel = await open_channel(connection, confirms=False)
+    name = f"{binding.exchange} to {binding.queue}"
+    with link_failures():
+        try:
+            await channel.queue_bind(binding.queue, binding.exchange, binding.key)
+        except ChannelNotFoundEntity:
+            return Problem("missing", name)
+        except ChannelAccessRefused as error:
+            return Problem("unverified", name, _broker_text(error))
+        await channel.close()
+    return None
+
+
+def _broker_text(error: Exception) -> str:
+    """The broker's own words, without its code."""
+    text = str(error.args[-1]) if error.args else type(error).__name__
+    return text.partition(" - ")[2] or text

@@ -1,0 +1,103 @@
+"""Clean-up: blobs that nothing needs, undo windows and uploads that are over.
+
+Storage keys are never reused and only their maker ever records them, so a blob that no record and no pin needs is
+garbage for ever: looking and removing cannot race with a store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from schemas.errors import ModelManagerError
+from worker.journal import Entry
+from worker.registry import Change, Registry
+from worker.storage.blobstore import BlobStore
+from worker.uploads.sessions import UploadSessions
+
+_log = structlog.get_logger()
+
+_SETTLE_S = 0.2  # let a burst of deletes gather
+
+
+class CleanUp:
+    """Runs for the life of the process; wakes at once when a record may have freed bytes."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: BlobStore,
+        uploads: UploadSessions,
+        *,
+        period_s: float,
+        removed: Callable[[str], None] = lambda kind: None,
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._uploads = uploads
+        self._period_s = period_s
+        self._removed = removed
+        self._wake = asyncio.Event()
+        registry.listen(self._on_entry)
+
+    def _on_entry(self, entry: Entry) -> None:
+        if entry.op in ("delete", "purge", "upload.end"):
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Sweep the store once, then clean up on every wake and every period."""
+        await self._guarded(self.sweep)
+        while True:
+            await self._guarded(self.round)
+            try:
+                async with asyncio.timeout(self._period_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+            self._wake.clear()
+            await asyncio.sleep(_SETTLE_S)
+
+    async def _guarded(self, work: Callable[[], Any]) -> None:
+        try:
+            await work()
+        except ModelManagerError as error:
+            _log.warning("clean_up_postponed", code=error.code, reason=error.message)
+
+    async def round(self) -> None:
+        """End what is overdue, then remove the blobs that became unwanted."""
+        for upload_id in self._uploads.overdue():
+            await self._uploads.expire(upload_id)
+        await self._end_undo_windows()
+        unwanted = self._registry.take_unwanted()
+        for key in unwanted:
+            await self._remove(key, "unneeded")
+
+    async def sweep(self) -> None:
+        """Remove the blobs that no record names: left by a process that died between the bytes and the record."""
+        async for blob in self._store.list("blobs/"):
+            if not self._registry.wanted(blob.key) and self._registry.journal.healthy:
+                await self._remove(blob.key, "orphan")
+
+    async def _remove(self, key: str, kind: str) -> None:
+        await self._store.delete(key)
+        self._removed(kind)
+        _log.info("blob_removed", key=key, kind=kind)
+
+    async def _end_undo_windows(self) -> None:
+        now = time.time_ns() // 1_000_000
+        catalog = self._registry.catalog
+        overdue = [e for e in catalog.deleted.values() if e.restorable_until is not None and e.restorable_until < now]
+        for entry in overdue:
+            model, version = entry.model, entry.version
+
+            def decide(model: str = model, version: str = version) -> Change | None:
+                current = catalog.find(model, version)
+                if current is None or current.restorable_until is None or current.restorable_until >= now:
+                    return None
+                return Change("purge", {"model": model, "versions": [version]})
+
+            await self._registry.transact(model.lower(), decide)

@@ -1,0 +1,411 @@
+"""Uploads: sessions that bring the bytes of one version.
+
+A file's bytes come in parts straight to the object store (signed addresses), or, on disk, in one PUT to this worker.
+Bytes that the rack has already are not sent again. Nothing becomes visible before every file's whole sha256 was
+verified (`complete`), and then only by `storeModel` with the upload's id. Only begin and end are recorded; what has
+arrived is asked of the store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, cast
+from urllib.parse import quote
+
+import structlog
+
+from schemas.errors import ModelManagerError
+from schemas.ids import digest_of, hex_of, new_ulid
+from schemas.journal import PlannedFile, StoredFile, UploadBeginRecord, UploadEndRecord
+from schemas.model import media_type
+from schemas.rpc import (
+    AbortReply,
+    AbortUpload,
+    CreateUpload,
+    GetUpload,
+    GetUploadReply,
+    SignedPartUrl,
+    UploadFile,
+    UploadFileState,
+    UploadReply,
+)
+from schemas.wire import timestamp
+from worker.catalog.entries import UploadEntry
+from worker.context import Context
+from worker.journal import Entry
+from worker.policy import Policy
+from worker.registry import Change, Registry
+from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore, DirectUploads, StoredBlob
+
+_log = structlog.get_logger()
+_EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+Progress = Callable[[str, int], None]
+
+
+class UploadSessions:
+    """createUpload, getUpload, abortUpload, the receiving of files on disk, and the body of the completeUpload job.
+
+    `file_url` makes a signed address of ours for a path, to PUT a file to.
+    """
+
+    def __init__(
+        self, registry: Registry, store: BlobStore, policy: Policy, file_url: Callable[[str, int], str]
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._policy = policy
+        self._file_url = file_url
+        self._received: dict[tuple[str, str], StoredBlob] = {}  # (upload, path) -> verified bytes on disk
+        self._receiving: set[tuple[str, str]] = set()
+
+    # --- the methods ---
+
+    async def create(self, params: CreateUpload, context: Context) -> UploadReply:
+        self._policy.check_size(sum(file.size for file in params.files))
+        twin = self._registry.catalog.case_twin(params.model_id)
+        if twin is not None:
+            raise ModelManagerError("ERR_CONFLICT", f"The model {twin} differs in case only.", modelId=twin)
+        upload_id = new_ulid()
+        known = [self._registry.catalog.blobs.key_of(hex_of(file.sha256)) for file in params.files]
+        present = [key for key in known if key is not None]
+        self._registry.pin(present)
+        planned: list[PlannedFile] = []
+        try:
+            for file, key in zip(params.files, known, strict=True):
+                planned.append(await self._plan(file, key, params))
+            record: UploadBeginRecord = {
+                "upload": upload_id,
+                "model": params.model_id,
+                "version": params.version,
+                "files": planned,
+                "expires": int((time.time() + self._policy.upload_s) * 1000),
+            }
+            if context.idempotency is not None:
+                record["idem"] = context.idempotency
+            keys = [file["key"] for file in planned if "key" in file]
+            await self._registry.transact(upload_id, lambda: Change("upload.begin", record), pins=keys)
+        except ModelManagerError:
+            await self._abort_parts(planned)
+            raise
+        finally:
+            self._registry.unpin(present)
+        return await self._describe(self._upload(upload_id))
+
+    async def get(self, params: GetUpload, context: Context) -> GetUploadReply:
+        upload = self._upload(params.upload_id)
+        reply = cast(GetUploadReply, await self._describe(upload))
+        if params.path is not None and params.parts is not None:
+            reply["urls"] = await self._sign(upload, params.path, [(p.number, hex_of(p.sha256)) for p in params.parts])
+        return reply
+
+    async def abort(self, params: AbortUpload, context: Context) -> AbortReply:
+        reply: AbortReply = {"success": True, "uploadId": params.upload_id, "state": "aborted"}
+
+        def decide() -> Change | AbortReply:
+            upload = self._upload(params.upload_id)
+            if upload.state == "aborted":
+                return reply
+            if upload.state not in ("open", "completed"):
+                raise ModelManagerError("ERR_CONFLICT", f"The upload is {upload.state}.", state=upload.state)
+            record: UploadEndRecord = {"upload": upload.id, "state": "aborted"}
+            if context.idempotency is not None:
+                record["idem"] = context.idempotency
+            return Change("upload.end", record)
+
+        if isinstance(await self._registry.transact(params.upload_id, decide), Entry):
+            await self.discard(self._upload(params.upload_id))
+        return reply
+
+    async def describe(self, upload_id: str) -> UploadReply:
+        """The reply of createUpload, as the upload is now."""
+        return await self._describe(self._upload(upload_id))
+
+    def completed(self, upload_id: str, model_id: str, version: str) -> UploadEntry:
+        """The upload, if it is completed (or already stored) and for that version; a coded error otherwise."""
+        upload = self._upload(upload_id)
+        if (upload.model, upload.version) != (model_id, version):
+            raise ModelManagerError(
+                "ERR_CONFLICT",
+                f"The upload is for {upload.model}:{upload.version}.",
+                modelId=upload.model,
+                version=upload.version,
+            )
+        if upload.state not in ("completed", "stored"):
+            raise ModelManagerError("ERR_CONFLICT", f"The upload is {upload.state}, not completed.", state=upload.state)
+        return upload
+
+    # --- bytes ---
+
+    async def receive(
+        self, upload_id: str, path: str, chunks: AsyncIterator[bytes], size: int | None
+    ) -> dict[str, Any]:
+        """Take the whole bytes of one file, on disk; verified against the declared size and sha256 on the way."""
+        upload = self._open(upload_id)
+        planned = _planned(upload, path)
+        if self._store.direct_uploads is not None and "multipart" in planned:
+            raise ModelManagerError("ERR_CONFLICT", "This file goes to the object store in parts; see getUpload.")
+        place = (upload_id, path)
+        if place in self._receiving:
+            raise ModelManagerError("ERR_CONFLICT", f"{path} is being uploaded already.", path=path)
+        if "key" not in planned and place not in self._received:
+            self._receiving.add(place)
+            try:
+                await self._receive(upload, planned, chunks, size)
+            finally:
+                self._receiving.discard(place)
+        return {"success": True, "uploadId": upload_id, "path": path, "size": planned["size"]} | {
+            "sha256": digest_of(planned["sha256"])
+        }
+
+    async def _receive(
+        self, upload: UploadEntry, planned: PlannedFile, chunks: AsyncIterator[bytes], size: int | None
+    ) -> None:
+        if size is not None and size != planned["size"]:
+            raise ModelManagerError(
+                "ERR_CHECKSUM_MISMATCH",
+                f"{planned['path']} was declared with {planned['size']} bytes.",
+                expectedSize=planned["size"],
+                size=size,
+            )
+        key = self._store.new_key()
+        self._registry.pin([key])
+        try:
+            stored = await self._store.put(
+                key,
+                chunks,
+                info=self._info(upload.model, upload.version),
+                size=planned["size"],
+                sha256=planned["sha256"],
+                max_size=self._policy.max_model_size,
+            )
+            if self._upload(upload.id).state != "open":
+                raise ModelManagerError("ERR_CONFLICT", "The upload ended meanwhile.")
+        except BaseException:
+            self._registry.unpin([key])
+            raise
+        self._received[(upload.id, planned["path"])] = stored  # pinned until the upload ends
+
+    async def complete(self, upload_id: str, progress: Progress) -> UploadReply:
+        """The body of the job: every file verified, then the end recorded. A failure leaves the upload open."""
+        upload = self._upload(upload_id)
+        if upload.state in ("completed", "stored"):
+            return await self._describe(upload)
+        self._open(upload_id)
+        progress("totalBytes", sum(file["size"] for file in upload.files))
+        files = []
+        done = 0
+        for planned in upload.files:
+            key = await self._verified_key(upload, planned, partial(_advance, progress, done))
+            done += planned["size"]
+            progress("bytes", done)
+            files.append(
+                StoredFile(
+                    path=planned["path"],
+                    size=planned["size"],
+                    sha256=planned["sha256"],
+                    mediaType=media_type(planned["path"]),
+                    key=key,
+                )
+            )
+        record: UploadEndRecord = {"upload": upload_id, "state": "completed", "files": files}
+
+        def decide() -> Change:
+            self._open(upload_id)
+            return Change("upload.end", record)
+
+        await self._registry.transact(upload_id, decide)
+        self._forget(upload)
+        return await self._describe(upload)
+
+    async def _verified_key(self, upload: UploadEntry, planned: PlannedFile, progress: Callable[[int], None]) -> str:
+        received = self._received.get((upload.id, planned["path"]))
+        if received is not None:
+            return received.key
+        if planned.get("present"):
+            return planned["key"]
+        direct = self._store.direct_uploads
+        if "multipart" not in planned or direct is None:
+            raise _incomplete(planned["path"])
+        await self._finish_parts(direct, planned)
+        try:
+            stored = await self._store.hash(planned["key"], progress)
+        except BlobMissing:
+            raise _incomplete(planned["path"]) from None
+        if (stored.size, stored.sha256) != (planned["size"], planned["sha256"]):
+            await self.expire(upload.id, "aborted")
+            raise ModelManagerError(
+                "ERR_CHECKSUM_MISMATCH",
+                f"The bytes of {planned['path']} are not those that were declared; begin a new upload.",
+                path=planned["path"],
+                expected=digest_of(planned["sha256"]),
+                actual=digest_of(stored.sha256),
+            )
+        return planned["key"]
+
+    async def _finish_parts(self, direct: DirectUploads, planned: PlannedFile) -> None:
+        parts = await direct.parts(planned["key"], planned["multipart"])
+        count = _part_count(planned["size"], planned["partSize"])
+        missing = [number for number in range(1, count + 1) if number not in parts]
+        if parts and missing:
+            raise _incomplete(planned["path"], missing)
+        try:
+            await direct.complete(planned["key"], planned["multipart"], parts)
+        except ModelManagerError:
+            if not parts:
+                raise _incomplete(planned["path"], missing) from None
+            raise
+
+    # --- the end ---
+
+    async def expire(self, upload_id: str, state: str = "expired") -> None:
+        """End an upload that is not over, and free what it brought."""
+
+        def decide() -> Change | None:
+            upload = self._registry.catalog.uploads.get(upload_id)
+            if upload is None or upload.state not in ("open", "completed"):
+                return None
+            return Change("upload.end", {"upload": upload_id, "state": state})
+
+        if isinstance(await self._registry.transact(upload_id, decide), Entry):
+            await self.discard(self._upload(upload_id))
+
+    async def discard(self, upload: UploadEntry) -> None:
+        """Give up the parts of an upload that ended without its bytes being needed; its blobs go with the clean-up."""
+        self._forget(upload)
+        await self._abort_parts(upload.files)
+
+    def overdue(self) -> list[str]:
+        """The uploads that are not over and past their time."""
+        now = time.time() * 1000
+        uploads = self._registry.catalog.uploads.values()
+        return [u.id for u in uploads if u.state in ("open", "completed") and u.expires < now]
+
+    def _forget(self, upload: UploadEntry) -> None:
+        for file in upload.files:
+            received = self._received.pop((upload.id, file["path"]), None)
+            if received is not None:
+                self._registry.unpin([received.key])
+
+    async def _abort_parts(self, files: Any) -> None:
+        direct = self._store.direct_uploads
+        for file in files:
+            if direct is not None and "multipart" in file:
+                try:
+                    await direct.abort(file["key"], file["multipart"])
+                except ModelManagerError as error:
+                    _log.warning("upload_parts_not_aborted", key=file["key"], code=error.code)
+
+    # --- views ---
+
+    def _upload(self, upload_id: str) -> UploadEntry:
+        upload = self._registry.catalog.uploads.get(upload_id)
+        if upload is None:
+            raise ModelManagerError("ERR_NOT_FOUND", "There is no such upload.", uploadId=upload_id)
+        return upload
+
+    def _open(self, upload_id: str) -> UploadEntry:
+        upload = self._upload(upload_id)
+        if upload.state != "open":
+            raise ModelManagerError("ERR_CONFLICT", f"The upload is {upload.state}.", state=upload.state)
+        return upload
+
+    async def _plan(self, file: UploadFile, known: str | None, params: CreateUpload) -> PlannedFile:
+        planned: PlannedFile = {"path": file.path, "size": file.size, "sha256": hex_of(file.sha256)}
+        direct = self._store.direct_uploads
+        if known is not None:
+            planned["key"] = known
+            planned["present"] = True
+        elif direct is not None and file.size > 0:
+            planned["key"] = self._store.new_key()
+            plan = await direct.begin(
+                planned["key"],
+                info=self._info(params.model_id, params.version),
+                size=file.size,
+                sha256=planned["sha256"],
+            )
+            planned["multipart"] = plan.upload_id
+            planned["partSize"] = plan.part_size
+        return planned
+
+    async def _describe(self, upload: UploadEntry) -> UploadReply:
+        return {
+            "success": True,
+            "uploadId": upload.id,
+            "modelId": upload.model,
+            "version": upload.version,
+            "state": upload.state,
+            "expiresAt": timestamp(upload.expires),
+            "files": [await self._file_state(upload, file) for file in upload.files],
+        }
+
+    async def _file_state(self, upload: UploadEntry, file: PlannedFile) -> UploadFileState:
+        over = upload.state != "open"
+        present = bool(file.get("present")) or (upload.id, file["path"]) in self._received
+        state: UploadFileState = {
+            "path": file["path"],
+            "size": file["size"],
+            "sha256": digest_of(file["sha256"]),
+            "present": present or upload.state in ("completed", "stored"),
+        }
+        if over or state["present"]:
+            return state
+        direct = self._store.direct_uploads
+        if direct is not None and "multipart" in file:
+            state["partSize"] = file["partSize"]
+            state["parts"] = _part_count(file["size"], file["partSize"])
+            state["received"] = sorted(await direct.parts(file["key"], file["multipart"]))
+        else:
+            seconds = max(1, int(upload.expires / 1000 - time.time()))
+            state["url"] = self._file_url(f"/api/uploads/{upload.id}/files/{quote(file['path'])}", seconds)
+        return state
+
+    async def _sign(self, upload: UploadEntry, path: str, parts: list[tuple[int, str]]) -> list[SignedPartUrl]:
+        self._open(upload.id)
+        planned = _planned(upload, path)
+        direct = self._store.direct_uploads
+        if direct is None or "multipart" not in planned:
+            raise ModelManagerError("ERR_CONFLICT", f"{path} has no parts to sign.", path=path)
+        count = _part_count(planned["size"], planned["partSize"])
+        urls: list[SignedPartUrl] = []
+        for number, sha256 in parts:
+            if number > count:
+                raise ModelManagerError("ERR_INVALID_REQUEST", f"{path} has {count} parts.", path=path, parts=count)
+            last = planned["size"] - (count - 1) * planned["partSize"]
+            signed = await direct.sign(
+                planned["key"],
+                planned["multipart"],
+                number,
+                sha256=sha256,
+                length=last if number == count else planned["partSize"],
+                expires_s=self._policy.url_s,
+            )
+            urls.append({"number": number, "url": signed.url, "headers": dict(signed.headers)})
+        return urls
+
+    def _info(self, model_id: str, version: str) -> BlobInfo:
+        return BlobInfo(format="", model=model_id, version=version, rack=self._policy.rack)
+
+
+def _advance(progress: Progress, before: int, seen: int) -> None:
+    progress("bytes", before + seen)
+
+
+def _planned(upload: UploadEntry, path: str) -> PlannedFile:
+    for file in upload.files:
+        if file["path"] == path:
+            return file
+    raise ModelManagerError("ERR_NOT_FOUND", f"The upload has no file {path}.", path=path)
+
+
+def _part_count(size: int, part_size: int) -> int:
+    return max(1, -(-size // part_size))
+
+
+def _incomplete(path: str, missing: list[int] | None = None) -> ModelManagerError:
+    details: dict[str, Any] = {"path": path}
+    if missing:
+        details["missingParts"] = missing[:100]
+    return ModelManagerError("ERR_CONFLICT", f"The bytes of {path} are not all there yet.", **details)
