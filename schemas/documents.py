@@ -45,6 +45,11 @@ def drift(folder: Path = FOLDER) -> list[str]:
     return sorted((texts.keys() ^ present) | changed)
 
 
+def openapi_bytes() -> bytes:
+    """The committed OpenAPI document, as the HTTP service hands it out."""
+    return (FOLDER / "openapi.json").read_bytes()
+
+
 def _present(folder: Path) -> set[str]:
     found = {*folder.glob("*.json"), *(folder / _SCHEMAS).glob("*.json")}
     return {path.relative_to(folder).as_posix() for path in found}

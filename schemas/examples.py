@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
-from typing import Any
 
 from schemas.ids import digest_of
 from schemas.journal_examples import (
     HINT_EXAMPLES,
     HOUR_MS,
     JOB,
+    JSON,
     LABELS,
     METADATA,
     MODEL,
@@ -28,8 +28,6 @@ from schemas.journal_examples import (
 )
 from schemas.model import version_digest
 from schemas.wire import timestamp
-
-JSON = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +144,7 @@ _JOB_DONE: JSON = {
     "jobId": JOB,
     "method": "validateModel",
     "state": "succeeded",
-    "progress": {"doneBytes": len(WEIGHTS), "totalBytes": len(WEIGHTS)},
+    "progress": {"bytes": len(WEIGHTS), "totalBytes": len(WEIGHTS)},
 }
 
 STORY: tuple[Example, ...] = (
@@ -224,7 +222,13 @@ STORY: tuple[Example, ...] = (
             "totalPeers": 1,
             "successfulReplications": 0,
             "failedReplications": 0,
-            "results": [{"peer": "rack-2", "state": "pending", "message": "Recorded and announced."}],
+            "results": [
+                {
+                    "peer": "rack-2",
+                    "state": "pending",
+                    "message": "Recorded and announced. That rack has not confirmed a copy.",
+                }
+            ],
         },
     ),
     Example(
@@ -273,7 +277,18 @@ STORY: tuple[Example, ...] = (
         {"modelId": MODEL, "metadata": _METADATA_11, "uploadId": UPLOAD},
         _STORED_11,
     ),
-    Example("abortUpload", "Given up", {"uploadId": UPLOAD}, {"success": True, "uploadId": UPLOAD, "state": "aborted"}),
+    Example(
+        "createUpload",
+        "One file, known already",
+        {"modelId": MODEL, "version": "1.2.0", "files": _PLANNED[:1]},
+        {**_OPENED, "uploadId": ABANDONED, "version": "1.2.0", "files": _PRESENT[:1]},
+    ),
+    Example(
+        "abortUpload",
+        "Given up",
+        {"uploadId": ABANDONED},
+        {"success": True, "uploadId": ABANDONED, "state": "aborted"},
+    ),
     Example(
         "deleteModel",
         "One version",
@@ -304,10 +319,10 @@ STORY: tuple[Example, ...] = (
         {},
         {
             "success": True,
-            "storage": {"blobs": 2, "blobBytes": _BOTH_SIZE, "freeBytes": 52_000_000_000},
-            "registry": {"models": 1, "versions": 2, "sequence": 9},
+            "storage": {"backend": "disk", "blobs": 2, "blobBytes": _BOTH_SIZE, "freeBytes": 52_000_000_000},
+            "registry": {"models": 1, "versions": 2, "bytes": len(WEIGHTS) + _BOTH_SIZE, "epoch": 1, "sequence": 9},
             "cache": {"entries": 1, "bytes": len(WEIGHTS), "hits": 3, "misses": 1},
-            "replication": {"peers": [], "pending": 0},
+            "replication": {"factor": 1, "peers": []},
         },
     ),
 )

@@ -44,6 +44,7 @@ METADATA: JSON = {
     "tags": ["vision"],
     "framework": "torch",
 }
+
 # What the journal holds of the story, by `op`: the records of its effects and of the ends of its undo windows.
 RECORD_EXAMPLES: dict[str, JSON] = {
     "store": {

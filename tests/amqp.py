@@ -83,7 +83,7 @@ class EffectDispatcher:
             case "big":
                 return {"success": True, "filling": "x" * 4_000_000}
             case _:
-                raise ModelManagerError("ERR_UNKNOWN_METHOD", f"There is no method {method!r}.")
+                raise ModelManagerError("ERR_UNKNOWN_METHOD", f"There is no method {method}.")
 
 
 class CountingObserver(SilentObserver):
@@ -170,9 +170,11 @@ class Caller:
             properties=Basic.Properties(reply_to=reply_to, **{"delivery_mode": 2, **properties}),
         )
 
-    async def publish_raw(self, method: str, properties: bytes, body: bytes = b"{}") -> None:
+    async def publish_raw(
+        self, key: str, properties: bytes, body: bytes = b"{}", *, exchange: str = topology.RPC_EXCHANGE
+    ) -> None:
         """Publish with a property section of our own making: 2 bytes of flags, then the values."""
-        publish = Basic.Publish(exchange=topology.RPC_EXCHANGE, routing_key=f"{self.rack}.{method}")
+        publish = Basic.Publish(exchange=exchange, routing_key=key)
         header = struct.pack(">HHQ", 60, 0, len(body)) + properties
         channel = await self.connection.channel(publisher_confirms=False)
         number = channel.number
@@ -243,9 +245,9 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    url: str, rack: str, *, provision: bool = True, prefetch: int = 64, wait: bool = True
+    url: str, rack: str, *, provision: bool = True, prefetch: int = 64, wait: bool = True, delete: bool = True
 ) -> AsyncIterator[Served]:
-    """A transport on the rack's queue; what it has made is deleted afterwards, if the broker is there."""
+    """A transport on the rack's queue; the queues are deleted afterwards, if the broker is there."""
     observer, dispatcher = CountingObserver(), EffectDispatcher()
     transport = AmqpTransport(
         url=url, rack=rack, provision=provision, dispatcher=dispatcher, prefetch=prefetch, observer=observer
@@ -258,6 +260,8 @@ async def serving(
         yield served
     finally:
         await transport.close()
+        if delete:
+            await delete_queues(url, rack)
 
 
 async def delete_queues(url: str, rack: str) -> None:

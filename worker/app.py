@@ -116,7 +116,7 @@ class App:
         self._take_over = take_over
         self._tasks: list[asyncio.Task[None]] = []
         self._failed = asyncio.Event()
-        self.metrics = Metrics(settings.rack)
+        self.metrics = Metrics(settings.rack, revision=_revision())
         self.readiness = Readiness()
         self.signer = UrlSigner(secrets.token_bytes(32))
         self.store = build_store(settings, self.metrics.storage(settings.storage.backend))
@@ -172,6 +172,7 @@ class App:
                 observe=self.metrics.amqp,
             )
             self.registry.listen(self._announce)
+        self.registry.listen(lambda entry: self.metrics.journal.recorded(entry.op))
 
     async def run(self, stop: asyncio.Event) -> int:
         """Boot, serve until `stop` or a failure, drain."""

@@ -1,29 +1,33 @@
-"""Every Prometheus object in one place: names, labels, buckets, and a short method for each thing that happens.
+"""What Prometheus can read of a worker: requests, state, and the parts that `metric_observers.py` has.
 
-All names begin with `model_manager_`. A label only ever has values of a table, or the first few of an open set, so that
-no caller can make the number of series grow. Series whose labels are known are there from the start, at 0. What mirrors
-a state (models, cache, journal) is read when Prometheus asks: nothing polls. All methods are quick, never raise, and may
-be called from any thread.
+Series whose labels are known are there from the start, at 0. What mirrors a state (models, cache, journal) is read when
+Prometheus asks: nothing polls.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, get_args
 
 import prometheus_client
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry
 
 from schemas.errors import ERRORS
-from schemas.hints import HINT_TYPES
-from schemas.journal import RECORDS
 from schemas.json_schemas import CONTRACT
-from schemas.routes import CONTENT, FILE, ROUTES, UPLOAD_FILE
 from schemas.rpc import METHODS, JobState
 from worker import __version__
-from worker.journal.observer import JournalObserver
+from worker.metric_observers import (
+    OTHER,
+    REQUEST_S,
+    AmqpMetrics,
+    HttpMetrics,
+    JournalMetrics,
+    Objects,
+    StorageMetrics,
+    Store,
+    Values,
+)
 
 if TYPE_CHECKING:
     from worker.cache import ModelCache
@@ -33,79 +37,162 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 
-PREFIX = "model_manager_"
-OTHER = "other"
+_FORMATS_MAX = 20
 
 # What the error budget counts, so that their first occurrence is seen as an increase.
 _CODES_FROM_THE_START = ("ok", "ERR_INTERNAL", *(code for code, kind in ERRORS.items() if kind.retryable))
-_ROUTES = {route.path for route in ROUTES} | {CONTENT, FILE, UPLOAD_FILE}
-_PROBES = {"/livez", "/readyz", "/health", "/metrics", "/version", "/openapi.json"}
-_VERBS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
-
-_REQUEST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_WAIT_S = (0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60)
-_SYNC_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
-_TRANSFER_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _LAG_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 
-class _Values:
-    """The values a label may have: the known ones and the first `room` others; any further one reads `other`."""
+class _State:
+    """Gauges that are read off the worker's state for each scrape."""
 
-    def __init__(self, known: Iterable[str], room: int = 0) -> None:
-        self._taken = set(known)
-        self._limit = len(self._taken) + room
-
-    def __call__(self, value: str) -> str:
-        if value in self._taken:
-            return value
-        if len(self._taken) < self._limit:
-            self._taken.add(value)
-            return value
-        return OTHER
-
-
-class _Objects:
-    """Makes the objects of one registry, with our prefix."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
-        return Counter(f"{PREFIX}{name}", text, tuple(labels), registry=self._registry)
-
-    def gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
-        return Gauge(f"{PREFIX}{name}", text, tuple(labels), registry=self._registry)
-
-    def histogram(self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()) -> Histogram:
-        return Histogram(f"{PREFIX}{name}", text, tuple(labels), buckets=tuple(buckets), registry=self._registry)
-
-    def info(self, name: str, text: str, **values: str) -> None:
-        Info(f"{PREFIX}{name}", text, registry=self._registry).info(values)
+    def __init__(self, objects: Objects) -> None:
+        self.models = objects.gauge("models", "Models; live: with a version that is not deleted.", ["state"])
+        self.versions = objects.gauge("model_versions", "Versions; deleted ones can still be restored.", ["state"])
+        self.bytes = objects.gauge(
+            "model_bytes", "Sizes of the versions, bytes they share counted each time.", ["state"]
+        )
+        self.formats = objects.gauge("model_formats", "Live versions by format.", ["format"])
+        self.uploads = objects.gauge("uploads_open", "Uploads that are open or completed, and not stored yet.")
+        self.jobs = objects.gauge("jobs", "Jobs the registry remembers.", ["state"])
+        self.sequence = objects.gauge("journal_last_sequence", "The number of the last durable record.")
+        self.journal_bytes = objects.gauge("journal_bytes", "The durable bytes of the journal.")
+        self.replay = objects.gauge("journal_replay_seconds", "How long the boot took to verify and replay it.")
+        self.ready = objects.gauge("ready", "1 while requests should be sent here.")
+        self.free = objects.gauge("disk_free_bytes", "Room on the disk of the blobs or the registry.", ["disk"])
+        self.entries = objects.gauge("cache_entries", "Models in the cache.")
+        self.cached = objects.gauge("cache_bytes", "Bytes in the cache.")
+        self.hits = objects.counter("cache_hits_total", "Look-ups the cache could answer.")
+        self.misses = objects.counter("cache_misses_total", "Look-ups it could not.")
+        self.counted_hits = self.counted_misses = 0
+        for gauge in (self.models, self.versions, self.bytes):
+            for state in ("live", "deleted"):
+                gauge.labels(state)
+        for job_state in get_args(JobState):
+            self.jobs.labels(job_state)
 
 
 class Metrics:
-    """All there is to scrape of one worker. The parts `amqp`, `http`, `journal` and `storage()` are for who they name."""
+    """All there is to scrape of one worker. `amqp`, `http`, `journal` and `storage(...)` go to the parts they name."""
 
     def __init__(self, rack: str, registry: CollectorRegistry | None = None, *, revision: str = "unknown") -> None:
-        prometheus_client.disable_created_metrics()  # a second series for each counter and histogram, read by nobody
+        # Else every counter and histogram has a second series, read by nobody.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry or CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self._registry)
         prometheus_client.PlatformCollector(registry=self._registry)
         prometheus_client.GCCollector(registry=self._registry)
-        objects = _Objects(self._registry)
+        objects = Objects(self._registry)
         objects.info("build", "The build.", version=__version__, revision=revision, schema=CONTRACT)
         objects.info("rack", "The rack.", rack=rack)
         self._lag = objects.histogram("event_loop_lag_seconds", "How late the event loop wakes up.", _LAG_S)
+        self._mismatches = objects.counter("checksum_mismatch_total", "Bytes with a wrong checksum.", ["where"])
+        self._orphans = objects.counter("orphans_removed_total", "Blobs removed that nothing needs.", ["kind"])
         self._scrape_errors = objects.counter("scrape_errors_total", "States that could not be read for a scrape.")
-        self._collecting: list[Callable[[Metrics], None]] = []
-        self._requests = _Requests(objects)
-        self._state = _State(objects)
-        self._store = _Store(objects)
-        self.amqp = AmqpMetrics(objects)
-        self.http = HttpMetrics(objects)
-        self.journal = JournalMetrics(objects)
-        # What Prometheus reads of a request is under the names that the dispatcher tells it by.
-        self.request_started = self._requests.started
-        self.request_ended = self._requests.ended
-        self.request_repeated = self._requests.repeated
+        self._requests = objects.counter("rpc_requests_total", "Requests that ended.", ["op", "code"])
+        self._durations = objects.histogram("rpc_request_duration_seconds", "Start to reply.", REQUEST_S, ["op"])
+        self._in_flight = objects.gauge("rpc_in_flight", "Requests in progress.", ["op"])
+        self._duplicates = objects.counter("rpc_duplicate_total", "Requests answered from an earlier one's record.")
+        self._ops = Values((*METHODS, "unknown"))
+        self._codes = Values((*ERRORS, "ok", "ERR_CANCELLED"))
+        self._places = Values(("upload", "read", "validate"), room=4)
+        self._kinds = Values(("orphan", "unneeded"), room=4)
+        self._state, self._store = _State(objects), Store(objects)
+        self.amqp, self.http, self.journal = AmqpMetrics(objects), HttpMetrics(objects), JournalMetrics(objects)
+        self._callbacks: list[Callable[[], None]] = []
+        for method in METHODS:
+            self._durations.labels(method)
+            self._in_flight.labels(method)
+            for code in _CODES_FROM_THE_START:
+                self._requests.labels(method, code)
+        for where in ("upload", "read", "validate"):
+            self._mismatches.labels(where)
+        for kind in ("orphan", "unneeded"):
+            self._orphans.labels(kind)
+
+    # --- things that happen ---
+
+    def request_started(self, method: str) -> None:
+        self._in_flight.labels(self._ops(method)).inc()
+
+    def request_ended(self, method: str, code: str, seconds: float) -> None:
+        """`code` is `ok` or an error code."""
+        op = self._ops(method)
+        self._in_flight.labels(op).dec()
+        self._requests.labels(op, self._codes(code)).inc()
+        self._durations.labels(op).observe(seconds)
+
+    def request_repeated(self) -> None:
+        self._duplicates.inc()
+
+    def storage(self, backend: str) -> StorageMetrics:
+        """Where a blob store of this backend tells what it does."""
+        return StorageMetrics(self._store, backend)
+
+    def blob_removed(self, kind: str) -> None:
+        self._orphans.labels(self._kinds(kind)).inc()
+
+    def checksum_mismatch(self, where: str) -> None:
+        """Bytes did not have their checksum, in an `upload`, when they were `read`, or when `validate` looked."""
+        self._mismatches.labels(self._places(where)).inc()
+
+    def replayed(self, seconds: float) -> None:
+        self._state.replay.set(seconds)
+
+    def loop_lag(self, seconds: float) -> None:
+        self._lag.observe(seconds)
+
+    def disk_free(self, disk: str, size: int) -> None:
+        """The room on the disk of the `blobs` or the `registry`, in bytes."""
+        self._state.free.labels(disk).set(size)
+
+    # --- the scrape ---
+
+    def collect(self, callback: Callable[[], None]) -> None:
+        """Call this before every scrape, to set what mirrors a state. It must be quick; a failure is only counted."""
+        self._callbacks.append(callback)
+
+    def mirror(self, registry: Registry, cache: ModelCache, jobs: Jobs, readiness: Readiness) -> None:
+        """Set all that is read off an open registry and the parts around it."""
+        state, catalog, journal = self._state, registry.catalog, registry.journal.stats()
+        for gauge, live, deleted in (
+            (state.models, catalog.totals.models, len(catalog.models) - catalog.totals.models),
+            (state.versions, catalog.totals.versions, len(catalog.deleted)),
+            (state.bytes, catalog.totals.bytes, sum(entry.size for entry in catalog.deleted.values())),
+        ):
+            gauge.labels("live").set(live)
+            gauge.labels("deleted").set(deleted)
+        self._mirror_formats({name: len(keys) for name, keys in catalog.by_type.items()})
+        counts = jobs.counts()
+        for job_state in get_args(JobState):
+            state.jobs.labels(job_state).set(counts.get(job_state, 0))
+        state.uploads.set(sum(upload.state in ("open", "completed") for upload in catalog.uploads.values()))
+        state.sequence.set(journal.head)
+        state.journal_bytes.set(journal.bytes)
+        state.ready.set(readiness.ready)
+        cached = cache.stats()
+        state.entries.set(cached.entries)
+        state.cached.set(cached.bytes)
+        state.hits.inc(cached.hits - state.counted_hits)
+        state.misses.inc(cached.misses - state.counted_misses)
+        state.counted_hits, state.counted_misses = cached.hits, cached.misses
+
+    def _mirror_formats(self, counts: dict[str, int]) -> None:
+        """The most frequent formats under their names, all others together: callers choose these names."""
+        self._state.formats.clear()
+        ranked = sorted(counts, key=lambda name: (-counts[name], name))
+        for name in ranked[:_FORMATS_MAX]:
+            self._state.formats.labels(name).set(counts[name])
+        self._state.formats.labels(OTHER).inc(sum(counts[name] for name in ranked[_FORMATS_MAX:]))
+
+    def render(self) -> tuple[str, bytes]:
+        """The content type and the body of a scrape."""
+        self.amqp.count_blocked_time()
+        for callback in self._callbacks:
+            try:
+                callback()
+            except Exception:  # noqa: BLE001 - one broken disk must not hide all other numbers, now of all times
+                self._scrape_errors.inc()
+                _log.exception("metrics_not_collected")
+        return prometheus_client.CONTENT_TYPE_PLAIN_0_0_4, prometheus_client.generate_latest(self._registry)

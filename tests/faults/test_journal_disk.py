@@ -47,9 +47,11 @@ class FullFiles(Files):
         self.room = 2**40
 
     def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
-        if not self.room:
+        # The test sets the room while the writer uses it up.
+        room = self.room
+        if room <= 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written = super().pwrite(fd, memoryview(data)[: self.room], offset)
+        written = super().pwrite(fd, memoryview(data)[:room], offset)
         self.room -= written
         return written
 
@@ -212,6 +214,29 @@ async def test_a_sync_error_at_boot_refuses_and_frees_the_folder(tmp_path: Path)
         opened(tmp_path, files=files, observe=seen)
     assert seen.count == 1
     assert await replayed(tmp_path) == []
+
+
+class Stuck(Files):
+    """Writes nothing and says so, without an error."""
+
+    stuck = False
+
+    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        return 0 if self.stuck else super().pwrite(fd, data, offset)
+
+
+async def test_a_write_that_gets_nowhere_counts_as_a_full_disk(tmp_path: Path) -> None:
+    files = Stuck()
+    journal, _ = opened(tmp_path, files=files)
+    journal.start(lambda _: None)
+    files.stuck = True
+    with pytest.raises(ModelManagerError) as refused:
+        await journal.append("put", {})
+    assert refused.value.code == "ERR_STORAGE_FULL"
+    files.stuck = False
+    entry = await journal.append("put", {})
+    await journal.close()
+    assert await replayed(tmp_path) == [entry]
 
 
 class Gone(BaseException):

@@ -1,4 +1,4 @@
-"""What breaks the contract is not executed: its sender gets a coded error, or the dead letters hold it with the reason."""
+"""What breaks the contract is not executed: its sender gets a coded error, or a dead letter holds the reason."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ async def test_provision_makes_everything_and_again_changes_nothing(connection: 
     channel = await connection.channel()
     await channel.basic_publish(b"{}", exchange=topology.RPC_EXCHANGE, routing_key=f"{rack}.ping", mandatory=True)
     await channel.basic_publish(b"{}", exchange=topology.DEAD_EXCHANGE, routing_key=rack, mandatory=True)
-    request = await channel.basic_get(request_queue(rack), no_ack=True)
-    assert request.routing_key == f"{rack}.ping"
+    for queue in (request_queue(rack), dead_letter_queue(rack)):
+        assert (await channel.queue_declare(queue, passive=True)).message_count == 1
 
 
 async def test_a_queue_of_another_kind_is_reported_and_served(

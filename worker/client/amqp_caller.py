@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from aio_pika.exceptions import (
     ProbableAuthenticationError,
     PublishError,
 )
+from aiormq.exceptions import ChannelAccessRefused
 
 from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
@@ -47,7 +49,7 @@ class _Link:
     waiters: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)
     lost: bool = False
 
-    def answer(self, message: AbstractIncomingMessage) -> None:
+    async def answer(self, message: AbstractIncomingMessage) -> None:
         waiter = self.waiters.get(message.correlation_id or "")
         if waiter is not None and not waiter.done():
             waiter.set_result(message.body)
@@ -140,22 +142,20 @@ class AmqpCaller:
         self, link: _Link, message: aio_pika.Message, method: str, waiter: asyncio.Future[bytes]
     ) -> None:
         """Publish and wait for the broker's confirm, which a lost connection may never bring."""
+        confirm = asyncio.ensure_future(link.exchange.publish(message, f"{self._rack}.{method}", mandatory=True))
+        either: set[asyncio.Future[Any]] = {confirm, waiter}
         try:
-            confirm = asyncio.ensure_future(link.exchange.publish(message, f"{self._rack}.{method}", mandatory=True))
-            try:
-                await asyncio.wait({confirm, waiter}, return_when=asyncio.FIRST_COMPLETED)
-                if confirm.done():
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if confirm.done():
+                with _lost(link):
                     await confirm
-            finally:
-                confirm.cancel()
-                await asyncio.gather(confirm, return_exceptions=True)
         except PublishError:
             raise Unreachable(f"There is no worker's queue for rack {self._rack} on that broker.") from None
         except DeliveryError:
             raise ModelManagerError("ERR_OVERLOADED", "The queue of the rack is full.") from None
-        except CONNECTION_EXCEPTIONS:
-            link.lose()
-            raise Unreachable("The connection to the broker was lost.", passing=True) from None
+        finally:
+            confirm.cancel()
+            await asyncio.gather(confirm, return_exceptions=True)
 
     async def _connected(self) -> _Link:
         async with self._connecting:
@@ -188,22 +188,41 @@ class AmqpCaller:
 
     async def _prepare(self, connection: AbstractConnection) -> _Link:
         try:
-            channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
-            exchange = await channel.get_exchange(RPC_EXCHANGE, ensure=True)
-            replies = await channel.declare_queue(exclusive=True, auto_delete=True)
-            link = _Link(connection, channel, exchange, replies.name)
-            connection.close_callbacks.add(link.lose)
-            channel.close_callbacks.add(link.lose)
-            await replies.consume(_taker(link), no_ack=True)
+            with _lost():
+                channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+                exchange = await channel.get_exchange(RPC_EXCHANGE, ensure=True)
+                replies = await channel.declare_queue(exclusive=True, auto_delete=True)
+                link = _Link(connection, channel, exchange, replies.name)
+                connection.close_callbacks.add(link.lose)
+                channel.close_callbacks.add(link.lose)
+                await replies.consume(link.answer, no_ack=True)
         except ChannelNotFoundEntity:
-            raise Unreachable("There is no model-manager on that broker; `topology provision` sets it up.") from None
-        except CONNECTION_EXCEPTIONS:
-            raise Unreachable("The connection to the broker was lost.", passing=self._reached) from None
+            raise Unreachable("No rack is set up on that broker: it has no exchange for requests.") from None
         return link
 
 
-def _taker(link: _Link) -> Any:
-    async def take(message: AbstractIncomingMessage) -> None:
-        link.answer(message)
+@contextmanager
+def _lost(link: _Link | None = None) -> Iterator[None]:
+    """Turn the many signs of a lost connection into Unreachable, and end the waiters of `link`.
 
-    return take
+    One of them is a CancelledError that nobody sent. Refusals by the broker are no such signs, and pass.
+    """
+    try:
+        yield
+    except (DeliveryError, ChannelNotFoundEntity):
+        raise
+    except ChannelAccessRefused:
+        if link is not None:
+            link.lose()
+        raise ModelManagerError("ERR_FORBIDDEN", "The broker does not allow this login to do that.") from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+    except CONNECTION_EXCEPTIONS:
+        pass
+    else:
+        return
+    if link is not None:
+        link.lose()
+    raise Unreachable("The connection to the broker was lost.", passing=True)

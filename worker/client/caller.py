@@ -75,7 +75,11 @@ async def until_answered(
     retrying = AsyncRetrying(
         retry=retry_if_exception(_worth_another), stop=stop_before_delay(timeout_s), wait=_pause, reraise=True
     )
-    return await retrying(lambda: attempt(deadline - time.monotonic(), key))
+
+    async def timed() -> dict[str, Any]:
+        return await attempt(deadline - time.monotonic(), key)
+
+    return await retrying(timed)
 
 
 def no_answer(timeout_s: float) -> ModelManagerError:

@@ -101,9 +101,9 @@ class ModelManagerClient:
         return cast("GetModelReply", await self.call("getModel", modelId=model_id, version=version, delivery=delivery))
 
     async def list_models(
-        self, *, type: str | None = None, limit: int | None = None, cursor: str | None = None
+        self, *, model_type: str | None = None, limit: int | None = None, cursor: str | None = None
     ) -> ListReply:
-        return cast("ListReply", await self.call("listModels", type=type, limit=limit, cursor=cursor))
+        return cast("ListReply", await self.call("listModels", type=model_type, limit=limit, cursor=cursor))
 
     async def search_models(
         self,
@@ -161,16 +161,14 @@ class ModelManagerClient:
         alias: str,
         version: str,
         *,
-        expected_version: str | None | _Absent = ABSENT,
+        expected_version: str | _Absent | None = ABSENT,
         idempotency_key: str | None = None,
     ) -> AliasReply:
         """`expected_version` makes it a compare-and-set; None means that the alias must not exist yet."""
         params: dict[str, Any] = {"modelId": model_id, "alias": alias, "version": version}
         if not isinstance(expected_version, _Absent):
             params["expectedVersion"] = expected_version
-        reply = await self._caller.call(
-            "setAlias", params, timeout_s=self._timeout_s, idempotency_key=idempotency_key
-        )
+        reply = await self._caller.call("setAlias", params, timeout_s=self._timeout_s, idempotency_key=idempotency_key)
         return cast("AliasReply", reply)
 
     async def delete_alias(
@@ -234,7 +232,7 @@ class ModelManagerClient:
             return reply
         while True:
             status = await self.get_job(reply["jobId"], wait_ms=MAX_WAIT_MS)
-            report(step, status["progress"].get("doneBytes", 0), status["progress"].get("totalBytes", 0))
+            report(step, status["progress"].get("bytes", 0), status["progress"].get("totalBytes", 0))
             if status["state"] == "succeeded":
                 return status.get("result", {})
             if status["state"] == "failed":

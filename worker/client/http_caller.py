@@ -57,9 +57,7 @@ class HttpCaller:
         if self._session is not None:
             await self._session.close()
 
-    async def _request(
-        self, method: str, params: Mapping[str, Any], left_s: float, key: str | None
-    ) -> dict[str, Any]:
+    async def _request(self, method: str, params: Mapping[str, Any], left_s: float, key: str | None) -> dict[str, Any]:
         if self._session is None:
             self._session = aiohttp.ClientSession(auto_decompress=False)
         route = route_for(method, params)
@@ -92,7 +90,9 @@ class HttpCaller:
         wanted = {name: value for name, value in params.items() if name != "delivery"}
         known = await self.call("getModelMetadata", wanted, timeout_s=timeout_s)
         variables = {"model": known["modelId"], "version": known["version"]}
-        files = [{**file, "url": self._url + _path(FILE, variables | {"path": file["path"]})} for file in known["files"]]
+        files = [
+            {**file, "url": self._url + _path(FILE, variables | {"path": file["path"]})} for file in known["files"]
+        ]
         kept = ("success", "modelId", "version", "metadata", "checksum", "size")
         return {name: known[name] for name in kept} | {"files": files}
 

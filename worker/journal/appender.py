@@ -65,12 +65,16 @@ class Appender:
         self.failure: str | None = None
 
     def prepare(self) -> None:
-        """Sum up the active segment as it is, for its seal. Raises JournalFailed.
+        """Sum up the active segment as it is, for its seal: apart from the boot, which need not wait for it.
 
-        Apart from the boot, which need not wait for it.
+        Raises JournalFailed.
         """
-        with self._failing(), self._files.reader(self._folder / self.manifest.active) as stream:
-            self._digest = Digest.of(stream)
+        try:
+            with self._files.reader(self._folder / self.manifest.active) as stream:
+                self._digest = Digest.of(stream)
+        except OSError as error:
+            self.failure = f"the disk failed: {error.strerror}"
+            raise JournalFailed(self.failure) from error
 
     @property
     def unproven(self) -> bool:

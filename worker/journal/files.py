@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -61,6 +62,8 @@ def write_all(files: Files, fd: int, data: bytes, offset: int) -> None:
     rest = memoryview(data)
     while rest:
         written = files.pwrite(fd, rest, offset)
+        if written == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         rest = rest[written:]
         offset += written
 

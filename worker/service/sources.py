@@ -1,4 +1,4 @@
-"""Bounded random access to a file for the validation hooks, which are synchronous and run in a worker thread."""
+"""A stored blob as the validation hooks read it: synchronous, bounded, from a worker thread."""
 
 from __future__ import annotations
 
@@ -7,17 +7,6 @@ import asyncio
 from worker.storage.blobstore import BlobStore
 
 _READ_TIMEOUT_S = 60.0
-
-
-class BytesSource:
-    """Bytes that are in memory."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.size = len(data)
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        return self._data[offset : offset + length]
 
 
 class StoredSource:

@@ -26,11 +26,11 @@ from worker.journal import Entry
 from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.replication.placement import place
-from worker.service.sources import BytesSource, StoredSource
+from worker.service.sources import StoredSource
 from worker.storage.blobstore import BlobInfo, BlobStore
 from worker.uploads.sessions import UploadSessions
 from worker.validation.registry import examine, refusal
-from worker.validation.source import Source
+from worker.validation.source import BytesSource, Source
 
 _log = structlog.get_logger()
 

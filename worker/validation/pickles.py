@@ -25,20 +25,8 @@ OFTEN_PICKLE = frozenset({".bin", ".ckpt", ".npy", ".npz", ".sav", ".dat", ".dat
 # Here a `.bin` is raw weights, whose first bytes may be an opcode by chance.
 _RAW_WEIGHTS = frozenset({"openvino", "onnx", "coreml", "tensorflow", "jax", "gguf", "ggml", "ncnn"})
 # Any text may decode as old opcodes: "cat", "dog" on two lines is an import of `at.dog`.
-_TEXT = {".txt", ".md", ".rst", ".log", ".csv", ".tsv", ".html", ".py", ".sh", ".vocab", ".merges", ".tiktoken"} | {
-    ".json",
-    ".jsonl",
-    ".yaml",
-    ".yml",
-    ".toml",
-    ".xml",
-    ".cfg",
-    ".ini",
-    ".jinja",
-    ".prototxt",
-    ".pbtxt",
-    ".tokens",
-}
+_PROSE = {".txt", ".md", ".rst", ".log", ".html", ".py", ".sh", ".jinja", ".vocab", ".merges", ".tokens", ".tiktoken"}
+_RECORDS = {".json", ".jsonl", ".yaml", ".yml", ".toml", ".xml", ".csv", ".tsv", ".cfg", ".ini", ".prototxt", ".pbtxt"}
 
 _OPCODES_MAX = 4096
 _NPY_HEADER_MAX = 10_000
@@ -79,19 +67,16 @@ def pickle_within(path: str, model_type: str, ends: Ends, content: Content, sour
         return f"is a pickle, compressed with {compression(ends.head)}"
     if suffix in ALWAYS_PICKLE:
         return "is named as a pickle and is no other known format"
-    # Names without a suffix are mostly those of texts (LICENSE, vocab).
-    if (
-        suffix
-        and not is_text_name(path)
-        and _is_old_pickle(decode(ends.head, ends.beyond), suffix, model_type, ends.size)
-    ):
-        return "is a pickle of an old protocol"
-    return None
+    # Names without a suffix are mostly those of texts, too (LICENSE, vocab).
+    if not suffix or is_text_name(path):
+        return None
+    old = _is_old_pickle(decode(ends.head, ends.beyond), suffix, model_type, ends.size)
+    return "is a pickle of an old protocol" if old else None
 
 
 def is_text_name(path: str) -> bool:
     """Whether a file of this name is taken for text, which nobody unpickles."""
-    return PurePosixPath(path).suffix.lower() in _TEXT
+    return PurePosixPath(path).suffix.lower() in _PROSE | _RECORDS
 
 
 def begins_with_protocol(head: bytes) -> bool:

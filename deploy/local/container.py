@@ -1,0 +1,101 @@
+"""A server in a Docker container, by the generic container of testcontainers, whose reaper ends it when we die."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from testcontainers.core.container import DockerContainer
+from testcontainers.core.docker_client import DockerClient
+
+from deploy.local.console import working
+from deploy.local.server import Unavailable
+
+DAEMON_ANSWERS_S = 10
+STOP_S = 30
+LOG_LINES = 15
+
+
+def docker_errors() -> tuple[type[Exception], ...]:
+    """What the Docker client raises: its own errors, and those of the HTTP library below it."""
+    from docker.errors import DockerException  # type: ignore[import-untyped,unused-ignore]
+    from requests.exceptions import RequestException  # type: ignore[import-untyped,unused-ignore]
+
+    return (DockerException, RequestException, OSError)
+
+
+def require_image(image: str) -> None:
+    """Returns when a daemon answers and has the image, pulled if it has to be. Raises `Unavailable` otherwise."""
+    try:
+        client: Any = DockerClient(timeout=DAEMON_ANSWERS_S).client
+        client.ping()
+    except docker_errors() as error:
+        raise Unavailable("no Docker daemon answers", "start one, or set DOCKER_HOST") from error
+    try:
+        if client.images.list(name=image):
+            return
+        with working(f"pulling the image {image}"):
+            DockerClient().client.images.pull(image)
+    except docker_errors() as error:
+        raise Unavailable(f"the image {image} cannot be pulled", "name another one, or pull it by hand") from error
+
+
+class Container:
+    """Implements `Server`. Its port is published on the loopback interface only.
+
+    With `data`, a folder inside the container, its data lie in a named volume that outlives it and belongs to `folder`.
+    """
+
+    def __init__(
+        self,
+        image: str,
+        *,
+        folder: Path,
+        port: int,
+        host_port: int,
+        command: str | None = None,
+        env: Mapping[str, str] | None = None,
+        data: str | None = None,
+    ) -> None:
+        # The host name is part of where RabbitMQ keeps its data.
+        self._container: Any = DockerContainer(image, command=command, env=dict(env or {}), hostname="model-manager")
+        self._container.ports[f"{port}/tcp"] = ("127.0.0.1", host_port)
+        if data is not None:
+            name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+            self._container.with_volume_mapping(f"model-manager-{name}", data, "rw")
+        self._created = False
+
+    def start(self) -> None:
+        if self._created:
+            self._container.get_wrapped_container().start()
+        else:
+            self._created = True
+            self._container.start()
+
+    def stop(self) -> None:
+        if self._created:
+            self._container.get_wrapped_container().stop(timeout=STOP_S)
+
+    def kill(self) -> None:
+        if self._created and self.failure() is None:
+            self._container.get_wrapped_container().kill()
+            self._container.get_wrapped_container().wait()
+
+    def close(self) -> None:
+        if self._created:
+            self._created = False
+            self._container.stop()
+
+    def failure(self) -> str | None:
+        container = self._container.get_wrapped_container()
+        container.reload()
+        if container.status in ("created", "running", "restarting"):
+            return None
+        return f"the container is {container.status}\n{container.logs(tail=LOG_LINES).decode(errors='replace')}"
+
+    def run(self, command: Sequence[str]) -> tuple[int, str]:
+        """Runs a command inside it; its exit status and output."""
+        code, output = self._container.get_wrapped_container().exec_run(list(command))
+        return code, output.decode(errors="replace")
