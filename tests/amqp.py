@@ -25,6 +25,7 @@ from worker.transport import topology
 from worker.transport.amqp import AmqpTransport
 from worker.transport.amqp_decoding import install
 from worker.transport.amqp_observer import SilentObserver
+from worker.transport.connections import open_channel
 
 PATIENCE_S = 20.0
 
@@ -176,7 +177,7 @@ class Caller:
         """Publish with a property section of our own making: 2 bytes of flags, then the values."""
         publish = Basic.Publish(exchange=exchange, routing_key=key)
         header = struct.pack(">HHQ", 60, 0, len(body)) + properties
-        channel = await self.connection.channel(publisher_confirms=False)
+        channel = await open_channel(self.connection, confirms=False)
         number = channel.number
         payload = (
             pamqp.frame.marshal(publish, number)

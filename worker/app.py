@@ -169,7 +169,7 @@ class App:
                 provision=settings.amqp.provision,
                 dispatcher=self.dispatcher,
                 prefetch=settings.limits.prefetch,
-                observe=self.metrics.amqp,
+                observer=self.metrics.amqp,
             )
             self.registry.listen(self._announce)
         self.registry.listen(lambda entry: self.metrics.journal.recorded(entry.op))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.docker_client import DockerClient
@@ -26,13 +26,19 @@ def docker_errors() -> tuple[type[Exception], ...]:
     return (DockerException, RequestException, OSError)
 
 
-def require_image(image: str) -> None:
-    """Returns when a daemon answers and has the image, pulled if it has to be. Raises `Unavailable` otherwise."""
+def ping() -> Any:
+    """The client of a daemon that answers. Raises `Unavailable` if none does."""
     try:
         client: Any = DockerClient(timeout=DAEMON_ANSWERS_S).client
         client.ping()
     except docker_errors() as error:
         raise Unavailable("no Docker daemon answers", "start one, or set DOCKER_HOST") from error
+    return client
+
+
+def require_image(image: str) -> None:
+    """Returns when a daemon answers and has the image, pulled if it has to be. Raises `Unavailable` otherwise."""
+    client = ping()
     try:
         if client.images.list(name=image):
             return
@@ -61,7 +67,8 @@ class Container:
     ) -> None:
         # The host name is part of where RabbitMQ keeps its data.
         self._container: Any = DockerContainer(image, command=command, env=dict(env or {}), hostname="model-manager")
-        self._container.ports[f"{port}/tcp"] = ("127.0.0.1", host_port)
+        # The Docker client takes an address beside the port; the annotation does not know.
+        self._container.ports[f"{port}/tcp"] = cast(Any, ("127.0.0.1", host_port))
         if data is not None:
             name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
             self._container.with_volume_mapping(f"model-manager-{name}", data, "rw")

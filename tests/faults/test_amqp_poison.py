@@ -42,7 +42,7 @@ POISON = {
     "a header name that is not UTF-8": (HEADERS, table(short(b"\xff") + b"t\x01")),
     "a header with a timestamp of 2^63": (HEADERS, table(short(b"t") + b"T" + struct.pack(">Q", 2**63))),
 }
-REFUSED = {"headers nested 4000 deep": (HEADERS, table(nested(4000)))}
+REFUSED = {f"headers nested {depth} deep": (HEADERS, table(nested(depth))) for depth in (33, 400, 4000)}
 
 
 @pytest.mark.parametrize("poison", POISON.values(), ids=POISON.keys())
@@ -66,10 +66,10 @@ async def test_headers_that_cannot_be_read_are_refused(amqp_url: str, rack: str,
     async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
         await caller.publish_raw(f"{rack}.count", struct.pack(">H", flags) + values, b'{"a":1}')
         dead = await caller.dead_letter()
-        assert dead.header.properties.headers == {
-            "x-error-code": "ERR_INVALID_REQUEST",
-            "x-error-message": "The header table cannot be decoded.",
-        }
+        headers = dead.header.properties.headers or {}
+        assert "a" not in headers
+        assert headers["x-error-code"] == "ERR_INVALID_REQUEST"
+        assert headers["x-error-message"] == "The header table cannot be decoded."
         assert dead.body == b'{"a":1}'
         assert served.dispatcher.effects == {}
         assert served.observer.counts["redelivered"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from typing import Annotated, Any
 
 import typer
@@ -82,4 +83,6 @@ def _root(
 
 def main() -> None:
     """The entry of the console script."""
+    # Without a handler, the warnings of libraries would end up among our lines on stderr.
+    logging.getLogger().addHandler(logging.NullHandler())
     app()

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import aiohttp
+from yarl import URL
 
 from schemas.errors import ERRORS, ModelManagerError
 from schemas.routes import FILE, PATH_PARAMETERS, ROUTES, Route
@@ -72,7 +73,7 @@ class HttpCaller:
             headers["Content-Type"] = "application/json"
         async with self._session.request(
             route.verb,
-            self._url + path,
+            URL(self._url + path, encoded=True),
             params=query,
             data=body,
             headers=headers,

@@ -25,6 +25,7 @@ from worker.client.transfer import (
     CHUNK_BYTES,
     TransferError,
     check,
+    exact,
     in_lanes,
     sha256_of,
     transfer_session,
@@ -197,7 +198,7 @@ class _Fetcher:
         headers = self._client.headers_for(url)
         if partial.offset:
             headers["Range"] = f"bytes={partial.offset}-"
-        async with self._session.get(url, headers=headers) as response:
+        async with self._session.get(exact(url), headers=headers) as response:
             await check(response)
             if partial.offset and response.status == 200:
                 await self._restart(partial)

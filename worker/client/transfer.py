@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from yarl import URL
 
 from schemas.errors import ModelManagerError
 from schemas.wire import parse_object
@@ -39,6 +40,13 @@ class TransferError(ModelManagerError):
     def __init__(self, code: str, message: str, *, again: bool, **details: Any) -> None:
         super().__init__(code, message, **details)
         self.again = again
+
+    @classmethod
+    def of(cls, error: ModelManagerError, *, again: bool) -> TransferError:
+        """The same error, as the outcome of an attempt. Its details may have any names."""
+        same = cls(error.code, error.message, again=again)
+        same.details = error.details
+        return same
 
 
 def transfer_session() -> aiohttp.ClientSession:
@@ -92,6 +100,11 @@ async def in_lanes(items: Iterable[Item], work: Callable[[Item], Awaitable[None]
         raise failures.exceptions[0] from None
 
 
+def exact(url: str) -> URL:
+    """The address as it was signed, with every escape as it is."""
+    return URL(url, encoded=True)
+
+
 async def check(response: aiohttp.ClientResponse) -> None:
     """Raise TransferError for an answer that is no success: the worker's own error, or what an object store said."""
     if response.status < 300:
@@ -103,7 +116,7 @@ async def check(response: aiohttp.ClientResponse) -> None:
         code = "ERR_CHECKSUM_MISMATCH" if any(word in body for word in _WRONG_BYTES) else "ERR_STORAGE_UNAVAILABLE"
         error = ModelManagerError(code, f"The storage answered with status {response.status}.", status=response.status)
     again = error.code != "ERR_CHECKSUM_MISMATCH" and (response.status in _WORTH_ANOTHER or error.retryable)
-    raise TransferError(error.code, error.message, again=again, **error.details)
+    raise TransferError.of(error, again=again)
 
 
 @asynccontextmanager
@@ -160,7 +173,7 @@ class Slice:
         given = {name: value for name, value in headers.items() if name.lower() not in ("host", "content-length")}
         try:
             async with session.put(
-                url, data=self._chunks() if self._length else b"", headers=fixed | given, allow_redirects=False
+                exact(url), data=self._chunks() if self._length else b"", headers=fixed | given, allow_redirects=False
             ) as response:
                 await check(response)
         except BaseException:

@@ -8,7 +8,8 @@ message again, and every other unacknowledged message pays one of its deliveries
 
 - short strings and header names that are not UTF-8 keep their bytes by `surrogateescape`, so that an echo is the same;
 - a timestamp that `datetime` cannot hold reads as None;
-- a property table that cannot be read is an empty `UnreadableTable`, so that the request can be refused by name.
+- a property table that cannot be read, or is deeper than 32 levels, is an empty `UnreadableTable`, so that the request
+  can be refused by name.
 
 The tests pin what pamqp does without this, so that it can go when pamqp does it by itself.
 """
@@ -21,6 +22,7 @@ import struct
 from pamqp import common, decode, encode
 
 _MAX_SHORT_STRING = 255
+_MAX_DEPTH = 32
 
 
 class UnreadableTable(dict[str, common.FieldValue]):
@@ -70,7 +72,9 @@ def _timestamp(value: bytes) -> tuple[int, datetime.datetime | None]:
 
 def _property_table(value: bytes) -> tuple[int, common.FieldTable]:
     try:
-        return _field_table(value)
+        end, table = _field_table(value)
+        _check_depth(table)
+        return end, table
     except (ValueError, OverflowError, ArithmeticError, struct.error, RecursionError):
         # The length comes first, so what follows the table can be read even when the table cannot.
         return _table_end(value), UnreadableTable()
@@ -88,6 +92,14 @@ def _field_table(value: bytes) -> tuple[int, common.FieldTable]:
         consumed, table[name] = decode.embedded_value(value[name_end:end])
         offset = name_end + consumed
     return end, table
+
+
+def _check_depth(value: common.FieldValue, depth: int = 1) -> None:
+    if isinstance(value, dict | list):
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"deeper than {_MAX_DEPTH} levels")
+        for member in value.values() if isinstance(value, dict) else value:
+            _check_depth(member, depth + 1)
 
 
 def _table_end(value: bytes) -> int:

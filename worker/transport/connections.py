@@ -7,6 +7,7 @@ declarations that the broker may refuse for ever, and costs two to three times a
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import socket
 import time
@@ -29,6 +30,8 @@ CLOSE_TIMEOUT_S = 5.0
 RETRY_FIRST_S = 0.2
 RETRY_LONGEST_S = 15.0
 HEALTHY_AFTER_S = 5.0
+
+log = logging.getLogger(__name__)
 
 Session = Callable[[AbstractConnection], Awaitable[None]]
 
@@ -168,6 +171,10 @@ class Link:
                     await close_connection(connection)
             except LinkLostError as error:
                 self._set(up=False, reason=str(error))
+            except Exception as error:
+                # Not foreseen; but a worker without this connection is dead, and a new one may well work.
+                log.exception("The session on a connection failed")
+                self._set(up=False, reason=type(error).__name__)
             if time.monotonic() - started > HEALTHY_AFTER_S:
                 delays = retry_delays()
             await asyncio.sleep(next(delays))

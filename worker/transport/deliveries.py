@@ -53,7 +53,7 @@ class Request:
 def read_request(message: DeliveredMessage) -> Request:
     """Read a delivery by the contract, and never raise: what is wrong with it is its `refusal`."""
     properties = message.header.properties
-    headers: Mapping[str, Any] = properties.headers or {}
+    headers: Mapping[str, Any] = {} if properties.headers is None else properties.headers
     reply_to = properties.reply_to or ""
     correlation_id = properties.correlation_id or ""
     method, refusal = "", None

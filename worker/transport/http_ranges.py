@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from worker.transport.http_replies import HttpFault
 
-_ONE_RANGE = re.compile(r"bytes[ \t]*=[ \t]*(\d*)-(\d*)[ \t]*", re.ASCII | re.IGNORECASE)
+_ONE_RANGE = re.compile(r"bytes=(\d*)-(\d*)", re.ASCII | re.IGNORECASE)
 _ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 _LIST_GAP = re.compile(r"[ \t]*(?:,[ \t]*|$)")
 _DIGEST_MEMBER = re.compile(r"([a-z*][a-z0-9_.*-]*)=:([A-Za-z0-9+/=]*):")
@@ -41,6 +41,8 @@ def select_range(header: str | None, size: int) -> ByteRange | None:
         return None
     first, last = _position(match[1], size), _position(match[2], size)
     if first is None:
+        if size == 0 and match[2].strip("0"):
+            return None  # the last bytes of nothing are all of it
         length = min(last or 0, size)
         found = ByteRange(size - length, length)
     elif last is not None and _reversed(match[1], match[2]):

@@ -56,9 +56,7 @@ class Router(Generic[Endpoint]):
         if not allowed:
             raise HttpFault(404, "There is no such route.", code="ERR_UNKNOWN_METHOD")
         allow = ", ".join(sorted(allowed))
-        raise HttpFault(
-            405, f"This route takes {allow} only.", code="ERR_UNKNOWN_METHOD", headers={"Allow": allow}
-        )
+        raise HttpFault(405, f"This route takes {allow} only.", code="ERR_UNKNOWN_METHOD", headers={"Allow": allow})
 
 
 def _compile(template: str) -> re.Pattern[str]:

@@ -1,6 +1,6 @@
 """What a request line asks for: the path and the query, decoded once and strictly.
 
-The decoded path names the resource, so `%2F` is the same as `/`, and nothing is normalised: a `..` stays a `..`, which no
+The decoded path names the resource, so `%2F` is the same as `/`. Nothing is normalised: a `..` stays a `..`, which no
 grammar of ours lets pass.
 """
 

@@ -1,0 +1,44 @@
+# What this project can do, from a machine with python3 (3.11 or later), git and make. `make` alone lists it.
+
+RACK ?= rack-1
+STORAGE ?= s3
+PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run serve test test-docker lint bench schemas clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: .venv/.synced ## Start RabbitMQ, an S3 store and a worker (STORAGE=s3|disk, RACK=rack-1) until Ctrl-C
+	@exec $(PYTHON) -m deploy.local.run --storage $(STORAGE) --rack $(RACK)
+
+serve: .venv/.synced ## Start the standalone HTTP service: no broker, models in data/models
+	@exec .venv/bin/model-manager serve
+
+test: .venv/.synced ## Run all tests, against a real RabbitMQ and a real S3 store
+	@exec $(PYTHON) -m pytest
+
+test-docker: .venv/.synced ## Run the tests that need services against containers (OBJECT_STORE_IMAGE=... for S3)
+	@LOCAL_SERVICES=docker exec $(PYTHON) -m pytest -m 'broker or s3 or docker'
+
+lint: .venv/.synced ## Check style, types and the direction of imports
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy -p worker -p schemas -p deploy
+	@.venv/bin/lint-imports
+
+bench: .venv/.synced ## Measure against the numbers that are promised
+	@exec $(PYTHON) -m tests.benchmarks
+
+schemas: .venv/.synced ## Write the generated documents of schemas/ anew
+	@$(PYTHON) -m schemas.documents
+
+clean: ## Remove data/local*, the virtual environment and all caches in this folder
+	rm -rf data/local data/local-* .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# A stamp, so that a set-up environment costs no time.
+.venv/.synced: pyproject.toml uv.lock deploy/local/setup.sh
+	@sh deploy/local/setup.sh
+	@touch $@

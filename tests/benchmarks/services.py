@@ -1,0 +1,156 @@
+"""The real services that are measured: a broker, an object store, and workers as processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psutil
+from botocore.exceptions import ClientError
+
+from deploy.local import ObjectStore, RabbitMQ, Source, object_store, rabbitmq
+from deploy.local.identity import recall_ports
+from deploy.local.process import Process
+from deploy.local.server import wait_until_ready
+from tests.amqp import delete_queues
+
+BUCKET = "model-manager-bench"
+_PROGRAM = Path(sys.executable).with_name("model-manager")
+_READY_S = 60.0
+_STOP_S = 40.0
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A running worker process. `pid` is its own, not that of the watchdog above it."""
+
+    rack: str
+    pid: int
+    url: str
+    folder: Path
+
+    def cpu_seconds(self) -> float:
+        return cpu_seconds(psutil.Process(self.pid))
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """User and system time of one process so far."""
+    spent = process.cpu_times()
+    return float(spent.user + spent.system)
+
+
+class Services:
+    """Started when first asked for, ended together. Asking raises Unavailable or NotStarted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._running = ExitStack()
+
+    def close(self) -> None:
+        self._running.close()
+
+    @cached_property
+    def broker(self) -> RabbitMQ:
+        return self._running.enter_context(rabbitmq(self.folder / "rabbitmq"))
+
+    @cached_property
+    def object_store(self) -> ObjectStore:
+        store = self._running.enter_context(object_store(self.folder / "object-store"))
+        try:
+            s3_client(store).create_bucket(Bucket=BUCKET)
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                raise
+        return store
+
+    def broker_cpu_seconds(self) -> float | None:
+        """Processor time of the broker so far; None for one that is no process of ours."""
+        if self.broker.source is not Source.NATIVE:
+            return None
+        nodes = [process for process in psutil.Process().children(recursive=True) if process.name() == "beam.smp"]
+        return cpu_seconds(nodes[0]) if nodes else None
+
+    @contextmanager
+    def process(self, name: str, command: list[str], env: Mapping[str, str] | None = None) -> Iterator[Process]:
+        """A process of ours, its output in `<name>.log`."""
+        process = Process(
+            command,
+            env={**os.environ, **(env or {})},
+            folder=self.folder,
+            log=self.folder / f"{name}.log",
+            stop_s=_STOP_S,
+        )
+        process.start()
+        try:
+            yield process
+        finally:
+            process.stop()
+
+    @contextmanager
+    def worker(self, rack: str, *, s3: bool = False) -> Iterator[Worker]:
+        """A queue worker that is ready; its folder, `<rack>/registry` in it, may hold a journal already."""
+        folder = self.folder / rack
+        folder.mkdir(exist_ok=True)
+        port = recall_ports(folder / "ports.json", "http")["http"]
+        url = f"http://127.0.0.1:{port}"
+        env = {
+            "MODEL_MANAGER_AMQP__URL": self.broker.url,
+            "MODEL_MANAGER_HTTP__PORT": str(port),
+            "MODEL_MANAGER_REGISTRY__PATH": str(folder / "registry"),
+            "MODEL_MANAGER_STORAGE__PATH": str(folder / "models"),
+            "MODEL_MANAGER_STORAGE__BACKEND": "s3" if s3 else "disk",
+            "MODEL_MANAGER_LOG__LEVEL": "info",
+        }
+        if s3:
+            env |= s3_environment(self.object_store)
+        with self.process(rack, [str(_PROGRAM), "worker", "--rack", rack], env) as process:
+            try:
+                wait_until_ready(process, f"worker {rack}", lambda: _is_ready(url), timeout_s=_READY_S)
+                yield Worker(rack, _pid_of(rack), url, folder)
+            finally:
+                process.stop()
+                asyncio.run(delete_queues(self.broker.url, rack))
+
+
+def s3_client(store: ObjectStore) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=store.endpoint_url,
+        aws_access_key_id=store.access_key,
+        aws_secret_access_key=store.secret_key,
+        region_name=store.region,
+    )
+
+
+def s3_environment(store: ObjectStore) -> dict[str, str]:
+    """What a process of ours needs to keep its blobs in the store."""
+    return {
+        "MODEL_MANAGER_STORAGE__S3__ENDPOINT_URL": store.endpoint_url,
+        "MODEL_MANAGER_STORAGE__S3__BUCKET": BUCKET,
+        "MODEL_MANAGER_STORAGE__S3__REGION": store.region,
+        "AWS_ACCESS_KEY_ID": store.access_key,
+        "AWS_SECRET_ACCESS_KEY": store.secret_key,
+        "AWS_REGION": store.region,
+    }
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _pid_of(rack: str) -> int:
+    found = [process for process in psutil.Process().children(recursive=True) if rack in process.cmdline()]
+    return int(found[0].pid)

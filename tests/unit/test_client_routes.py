@@ -1,0 +1,62 @@
+"""How a method and its parameters become an HTTP request, and an answer a reply or an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from schemas.errors import ERRORS, ModelManagerError
+from schemas.routes import ROUTES
+from schemas.rpc import METHODS
+from worker.client.caller import error_of
+from worker.client.http_caller import HttpCaller, route_for
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "verb", "path"),
+    [
+        ("listModels", {"limit": 5}, "GET", "/api/models"),
+        ("getModelMetadata", {"modelId": "m"}, "GET", "/api/models/{model}"),
+        ("getModelMetadata", {"modelId": "m", "version": "1"}, "GET", "/api/models/{model}/versions/{version}"),
+        ("deleteModel", {"modelId": "m", "purge": True}, "DELETE", "/api/models/{model}"),
+        ("deleteModel", {"modelId": "m", "version": "1"}, "DELETE", "/api/models/{model}/versions/{version}"),
+        ("getUpload", {"uploadId": "u"}, "GET", "/api/uploads/{upload}"),
+        ("getUpload", {"uploadId": "u", "path": "p", "parts": []}, "POST", "/api/uploads/{upload}/parts"),
+        ("setAlias", {"modelId": "m", "alias": "a", "version": "1"}, "PUT", "/api/models/{model}/aliases/{alias}"),
+    ],
+)
+def test_the_route_carries_all_parameters(method: str, params: dict[str, Any], verb: str, path: str) -> None:
+    route = route_for(method, params)
+    assert (route.verb, route.path) == (verb, path)
+
+
+def test_every_method_but_get_model_has_a_route() -> None:
+    assert {route.method for route in ROUTES} == METHODS.keys() - {"getModel"}
+
+
+def test_a_parameter_that_only_a_path_can_carry_must_be_there() -> None:
+    with pytest.raises(ModelManagerError, match="version"):
+        route_for("validateModel", {"modelId": "m"})
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8002", "ftp://host/", "http://"])
+def test_an_address_that_is_not_http_is_refused(url: str) -> None:
+    with pytest.raises(ModelManagerError, match="http://"):
+        HttpCaller(url)
+
+
+@pytest.mark.parametrize("code", sorted(ERRORS))
+def test_an_error_survives_the_way_from_worker_to_caller(code: str) -> None:
+    sent = ModelManagerError(code, "why", place=1)
+    sent.details["message"] = "details may have any names"
+    received = error_of(sent.body())
+    assert (received.code, received.message, received.details) == (code, "why", sent.details)
+    assert received.retryable == sent.retryable
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"error": None}, {"error": {"code": 7}}, {"error": {"code": "ERR_OF_THE_FUTURE"}}]
+)
+def test_an_error_of_an_unknown_kind_is_internal(body: dict[str, Any]) -> None:
+    assert error_of(body).code == "ERR_INTERNAL"

@@ -1,0 +1,77 @@
+"""The README stays true: every setting, code, method, metric and command in it exists, and none is missing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import ERRORS
+from schemas.hints import HINT_TYPES
+from schemas.rpc import METHODS
+from worker.metrics import Metrics
+from worker.settings import known_keys
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("key", [path for path, _ in known_keys()])
+def test_every_setting_is_explained(key: str) -> None:
+    assert f"`{key}`" in README
+
+
+def test_every_setting_in_the_table_exists() -> None:
+    table = README.partition("## Configuration")[2].partition("## Operations")[0]
+    first_cells = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
+    named = {key for cell in first_cells for key in re.findall(r"`([^`]+)`", cell)}
+    assert named == {path for path, _ in known_keys()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_explained(method: str) -> None:
+    assert f"`{method}`" in README
+
+
+def test_the_error_table_is_the_table_of_the_code() -> None:
+    rows = re.findall(r"^\| `(ERR_[A-Z_]+)` \| (.*?) \| (\d+) \| (\d+) \| (yes)? *\|$", README, re.MULTILINE)
+    assert rows == [
+        (kind.code, kind.sentence, str(kind.http_status), str(kind.exit_code), "yes" if kind.retryable else "")
+        for kind in ERRORS.values()
+    ]
+
+
+@pytest.mark.parametrize("hint", HINT_TYPES)
+def test_every_hint_is_named(hint: str) -> None:
+    assert f"`{hint}`" in README or f"`.{hint.rpartition('.')[2]}`" in README
+
+
+def test_every_metric_is_listed_and_every_listed_metric_exists() -> None:
+    text = Metrics("rack-1").render()[1].decode()
+    exported = set(re.findall(r"^# TYPE (model_manager_\w+) ", text, re.MULTILINE))
+    listed = {f"model_manager_{name}" for name in re.findall(r"^\| `model_manager_(\w+)` \|", README, re.MULTILINE)}
+    assert listed == exported
+
+
+def test_every_command_exists() -> None:
+    commands = set(re.findall(r"model-manager ((?:config|topology|journal) \w+|[a-z]+)\b", README))
+    commands -= {word for word in commands if word in ("journal repair",)}
+    for command in sorted(commands):
+        shown = subprocess.run(
+            [sys.executable, "-m", "worker", *command.split(), "--help"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert shown.returncode == 0, command
+
+
+def test_every_make_target_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`?\bmake ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_link_leads_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link

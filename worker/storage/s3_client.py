@@ -1,0 +1,128 @@
+"""boto3, driven from bounded threads, with its errors in our words.
+
+Retries are not botocore's (one attempt a call): tenacity owns the policy, else attempts multiply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError
+
+from schemas.errors import ModelManagerError
+from worker.storage.blobstore import BlobMissing, StoreObserver
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+
+_T = TypeVar("_T")
+
+THREADS = 16
+_WORKERS = 8
+
+_MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
+_CONDITION = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict"})
+_FULL = frozenset(
+    {"XMinioStorageFull", "InsufficientStorage", "507", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded"}
+)
+_REFUSED = frozenset({"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"})
+
+
+class UploadGone(Exception):
+    """The multipart upload is over, or never was."""
+
+
+class S3Calls:
+    """The client and the way to call it from the event loop."""
+
+    def __init__(
+        self, *, endpoint_url: str | None, bucket: str, region: str | None, timeout_s: float, observe: StoreObserver
+    ) -> None:
+        self.bucket = bucket
+        self.observe = observe
+        self.client = make_client(endpoint_url, region, timeout_s)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s3")
+        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="sha256")
+
+    async def run(self, call: Callable[[], _T], *, key: str = "") -> _T:
+        """Run a blocking call in a thread; errors are ours: BlobMissing, UploadGone or ModelManagerError."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._translated, call, key)
+
+    def in_thread(self, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
+        """Run work that is not a call to the store in a thread of its own pool, so that calls cannot starve it."""
+        return asyncio.get_running_loop().run_in_executor(self._workers, work, *arguments)
+
+    def _translated(self, call: Callable[[], _T], key: str) -> _T:
+        try:
+            return call()
+        except ClientError as error:
+            raise self._error(error, key) from error
+        except (BotoCoreError, HTTPError, OSError) as error:
+            # The text would name the host.
+            kind = type(error).__name__
+            raise ModelManagerError(
+                "ERR_STORAGE_UNAVAILABLE", f"The object store cannot be reached: {kind}."
+            ) from error
+
+    def _error(self, error: ClientError, key: str) -> Exception:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code == "NoSuchBucket":
+            return ModelManagerError(
+                "ERR_STORAGE_UNAVAILABLE", f"There is no bucket {self.bucket}.", bucket=self.bucket
+            )
+        if code == "NoSuchUpload":
+            return UploadGone(key)
+        if code in _MISSING:
+            return BlobMissing(key)
+        if code in _CONDITION:
+            return ModelManagerError("ERR_CONFLICT", "The object store holds something else under that name.")
+        if code in _FULL or status == 507:
+            return ModelManagerError("ERR_STORAGE_FULL")
+        if code in _REFUSED:
+            return ModelManagerError(
+                "ERR_STORAGE_UNAVAILABLE", f"The object store refuses this worker: {code}.", reason=code
+            )
+        if 400 <= status < 500 and code not in ("SlowDown", "RequestTimeout", "TooManyRequests", "429"):
+            return ModelManagerError("ERR_INTERNAL", f"The object store answers {code or status}.")
+        return ModelManagerError("ERR_STORAGE_UNAVAILABLE", f"The object store answers {code or status}.")
+
+    @contextlib.contextmanager
+    def observed(self, op: str) -> Iterator[None]:
+        started, code = time.monotonic(), None
+        try:
+            yield
+        except ModelManagerError as error:
+            code = error.code
+            raise
+        finally:
+            self.observe.operation(op, time.monotonic() - started, code)
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=True)
+        self._workers.shutdown(wait=True)
+        self.client.close()
+
+
+def make_client(endpoint_url: str | None, region: str | None, timeout_s: float) -> S3Client:
+    config: dict[str, Any] = {
+        "signature_version": "s3v4",  # a custom endpoint would else presign the old way
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        "connect_timeout": min(timeout_s, 5.0),
+        "read_timeout": timeout_s,
+        "max_pool_connections": THREADS,
+        # Parts carry a CRC of ours and the whole its sha256: a second sha256 a part would cost a fifth of the rate.
+        "s3": {"addressing_style": "path" if endpoint_url else "auto", "payload_signing_enabled": False},
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        "user_agent_extra": "wrk-model-manager",
+    }
+    return boto3.client("s3", endpoint_url=endpoint_url, region_name=region or "us-east-1", config=Config(**config))

@@ -1,0 +1,116 @@
+"""The body of a request: asked for only when it is wanted, in batches, within bounds of size and time."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestPayloadError
+
+from schemas.wire import MAX_BODY_BYTES, parse_object
+from worker.transport.http_replies import JSON_TYPE, HttpFault
+
+# A batch must be full within the idle timeout, which is a lowest rate: 4 kB/s at 60 s.
+BATCH_BYTES = 256 * 1024
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_JSON = re.compile(rf'{re.escape(JSON_TYPE)}(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
+
+
+class RequestBody:
+    """Reads the body of `request`. A client that waits for `100 Continue` gets it at the first read, so a handler that
+    refuses before it has read gets its refusal through without the bytes."""
+
+    def __init__(self, request: web.BaseRequest, *, idle_s: float, received: Callable[[int], None]) -> None:
+        self._request = request
+        self._idle_s = idle_s
+        self._received = received
+        self._awaits_continue = _check_framing(request)
+
+    @property
+    def length(self) -> int | None:
+        """Content-Length, or None for a chunked body."""
+        return self._request.content_length
+
+    @property
+    def present(self) -> bool:
+        return "Transfer-Encoding" in self._request.headers or bool(self.length)
+
+    def refuse(self) -> None:
+        """400 if there is a body though this route takes none."""
+        if self.present:
+            raise HttpFault(400, "This request takes no body.")
+
+    def check_announced(self) -> None:
+        """411 if nothing says how long the body is or that it is chunked."""
+        if self.length is None and "Transfer-Encoding" not in self._request.headers:
+            raise HttpFault(411, "Content-Length is needed, or a chunked body.")
+
+    async def json_object(self) -> dict[str, Any]:
+        """The JSON object of the body; an absent body is an empty object."""
+        if not self.present:
+            return {}
+        content_type = self._request.headers.get("Content-Type")
+        if content_type is not None and not _JSON.fullmatch(content_type.strip()):
+            raise HttpFault(415, "The body must be application/json in UTF-8.")
+        return parse_object(await self._whole(MAX_BODY_BYTES))
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The bytes in order. A fault if they stop coming (408) or break off (400)."""
+        self._ask()
+        while batch := await self._batch():
+            self._received(len(batch))
+            yield batch
+
+    async def _whole(self, limit: int) -> bytes:
+        too_large = HttpFault(413, f"The body is over {limit} bytes.", maxBodySize=limit)
+        if (self.length or 0) > limit:
+            raise too_large
+        body = bytearray()
+        async for batch in self.chunks():
+            body += batch
+            if len(body) > limit:
+                raise too_large
+        return bytes(body)
+
+    async def _batch(self) -> bytes:
+        content = self._request.content
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._idle_s):
+                while size < BATCH_BYTES and (part := await content.readany()):
+                    parts.append(part)
+                    size += len(part)
+        except TimeoutError:
+            raise HttpFault(408, "The body did not come in time.") from None
+        except ConnectionError:
+            raise HttpFault(400, "The connection was lost before the end of the body.") from None
+        except (HttpProcessingError, RequestPayloadError):
+            raise HttpFault(400, "The body is not framed as HTTP says.") from None
+        return b"".join(parts)
+
+    def _ask(self) -> None:
+        transport = self._request.transport
+        if self._awaits_continue and transport is not None and not self._request.content.total_raw_bytes:
+            transport.write(_CONTINUE)
+        self._awaits_continue = False
+
+
+def _check_framing(request: web.BaseRequest) -> bool:
+    """Refuse what would make the body mean something else to a proxy; whether the client waits for `100 Continue`."""
+    headers = request.headers
+    coding = headers.get("Transfer-Encoding")
+    if coding is not None and (coding.strip().lower() != "chunked" or request.version < (1, 1)):
+        raise HttpFault(400, "The only transfer coding is chunked, with HTTP/1.1.")
+    if "Content-Encoding" in headers:
+        raise HttpFault(415, "The body must not be encoded.")
+    expected = headers.get("Expect")
+    if expected is None:
+        return False
+    if expected.strip().lower() != "100-continue":
+        raise HttpFault(417, "The only expectation that can be met is 100-continue.")
+    return request.version >= (1, 1)
