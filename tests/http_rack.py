@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +56,7 @@ class HttpRack:
         """One request. `path` is sent byte for byte."""
         address = URL(self.url + path, encoded=True)
         async with self.session.request(verb, address, allow_redirects=False, **options) as response:
-            return Answer(response.status, dict(response.headers), await response.read())
+            return Answer(response.status, response.headers, await response.read())
 
     async def put(self, model: str, version: str, data: bytes, query: str = "type=custom", **options: Any) -> Answer:
         return await self.send("PUT", f"/api/models/{model}/versions/{version}/content?{query}", data=data, **options)
@@ -82,7 +82,7 @@ class HttpRack:
 @dataclass(frozen=True)
 class Answer:
     status: int
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     body: bytes
 
     @property

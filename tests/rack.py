@@ -16,6 +16,7 @@ from worker.registry import Registry
 from worker.service.service import ModelService
 from worker.storage.blobstore import BlobStore
 from worker.storage.disk import DiskStore
+from worker.upkeep.clean_up import CleanUp
 from worker.validation.registry import known_formats
 
 
@@ -57,6 +58,7 @@ class LocalRack:
             put_url=lambda path, seconds: f"http://127.0.0.1:1{path}",
             job_places=2,
         )
+        self.clean_up = CleanUp(self.registry, self.store, self.service.uploads, period_s=0.05)
         self.metrics = Metrics("rack-1")
         self.dispatcher = Dispatcher(self.service, self.registry, self.metrics, lookups=64, writes=16)
 

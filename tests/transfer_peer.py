@@ -174,7 +174,7 @@ class TransferPeer:
         return {**upload, "expiresAt": _CREATED, "files": states}
 
     def _known(self, model_id: str, version: str) -> dict[str, Any]:
-        files = []
+        files: list[dict[str, Any]] = []
         for file in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             data, path = file.read_bytes(), file.relative_to(self.folder).as_posix()
             checksum = digest_of(hashlib.sha256(data).hexdigest())

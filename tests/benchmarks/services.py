@@ -36,7 +36,6 @@ class Worker:
     rack: str
     pid: int
     url: str
-    folder: Path
 
     def cpu_seconds(self) -> float:
         return cpu_seconds(psutil.Process(self.pid))
@@ -70,6 +69,8 @@ class Services:
         except ClientError as error:
             if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                 raise
+        # Stores that are measured inside this process find their credentials where a worker does.
+        os.environ |= {"AWS_ACCESS_KEY_ID": store.access_key, "AWS_SECRET_ACCESS_KEY": store.secret_key}
         return store
 
     def broker_cpu_seconds(self) -> float | None:
@@ -98,27 +99,35 @@ class Services:
     @contextmanager
     def worker(self, rack: str, *, s3: bool = False) -> Iterator[Worker]:
         """A queue worker that is ready; its folder, `<rack>/registry` in it, may hold a journal already."""
+        env = {"MODEL_MANAGER_AMQP__URL": self.broker.url}
+        if s3:
+            env |= s3_environment(self.object_store)
+        try:
+            with self._started("worker", rack, env) as worker:
+                yield worker
+        finally:
+            asyncio.run(delete_queues(self.broker.url, rack))
+
+    @contextmanager
+    def standalone(self, rack: str) -> Iterator[Worker]:
+        """The HTTP service without a broker, on disk."""
+        with self._started("serve", rack, {}) as worker:
+            yield worker
+
+    @contextmanager
+    def _started(self, command: str, rack: str, env: Mapping[str, str]) -> Iterator[Worker]:
         folder = self.folder / rack
         folder.mkdir(exist_ok=True)
         port = recall_ports(folder / "ports.json", "http")["http"]
         url = f"http://127.0.0.1:{port}"
-        env = {
-            "MODEL_MANAGER_AMQP__URL": self.broker.url,
+        own = {
             "MODEL_MANAGER_HTTP__PORT": str(port),
             "MODEL_MANAGER_REGISTRY__PATH": str(folder / "registry"),
             "MODEL_MANAGER_STORAGE__PATH": str(folder / "models"),
-            "MODEL_MANAGER_STORAGE__BACKEND": "s3" if s3 else "disk",
-            "MODEL_MANAGER_LOG__LEVEL": "info",
         }
-        if s3:
-            env |= s3_environment(self.object_store)
-        with self.process(rack, [str(_PROGRAM), "worker", "--rack", rack], env) as process:
-            try:
-                wait_until_ready(process, f"worker {rack}", lambda: _is_ready(url), timeout_s=_READY_S)
-                yield Worker(rack, _pid_of(rack), url, folder)
-            finally:
-                process.stop()
-                asyncio.run(delete_queues(self.broker.url, rack))
+        with self.process(rack, [str(_PROGRAM), command, "--rack", rack], {**own, **env}) as process:
+            wait_until_ready(process, f"worker {rack}", lambda: _is_ready(url), timeout_s=_READY_S)
+            yield Worker(rack, pid_of(rack), url)
 
 
 def s3_client(store: ObjectStore) -> Any:
@@ -134,6 +143,7 @@ def s3_client(store: ObjectStore) -> Any:
 def s3_environment(store: ObjectStore) -> dict[str, str]:
     """What a process of ours needs to keep its blobs in the store."""
     return {
+        "MODEL_MANAGER_STORAGE__BACKEND": "s3",
         "MODEL_MANAGER_STORAGE__S3__ENDPOINT_URL": store.endpoint_url,
         "MODEL_MANAGER_STORAGE__S3__BUCKET": BUCKET,
         "MODEL_MANAGER_STORAGE__S3__REGION": store.region,
@@ -151,6 +161,7 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def _pid_of(rack: str) -> int:
-    found = [process for process in psutil.Process().children(recursive=True) if rack in process.cmdline()]
+def pid_of(argument: str) -> int:
+    """The process below this one that was given `argument`."""
+    found = [process for process in psutil.Process().children(recursive=True) if argument in process.cmdline()]
     return int(found[0].pid)

@@ -153,11 +153,7 @@ class ServiceIsADict(RuleBasedStateMachine):
         if reply is None:
             return
         known = self.models.get(model, Model())
-        chosen = [
-            name
-            for name, v in known.versions.items()
-            if version in (None, name) and (purge or not v.deleted)
-        ]
+        chosen = [name for name, v in known.versions.items() if version in (None, name) and (purge or not v.deleted)]
         if not chosen:
             assert reply == "ERR_MODEL_NOT_FOUND"
             return
@@ -264,9 +260,7 @@ class ServiceIsADict(RuleBasedStateMachine):
             for name, v in sorted(known.versions.items())
             if not v.deleted
         ]
-        assert [
-            (e["modelId"], e["version"], e["revision"], e["metadata"], e["aliases"]) for e in listed
-        ] == expected
+        assert [(e["modelId"], e["version"], e["revision"], e["metadata"], e["aliases"]) for e in listed] == expected
 
     @invariant()
     def counts_the_same(self) -> None:

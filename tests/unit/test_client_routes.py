@@ -10,7 +10,7 @@ from schemas.errors import ERRORS, ModelManagerError
 from schemas.routes import ROUTES
 from schemas.rpc import METHODS
 from worker.client.caller import error_of
-from worker.client.http_caller import HttpCaller, route_for
+from worker.client.http_caller import HttpCaller, route_for, with_version
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,17 @@ def test_every_method_but_get_model_has_a_route() -> None:
     assert {route.method for route in ROUTES} == METHODS.keys() - {"getModel"}
 
 
+@pytest.mark.parametrize(
+    ("method", "version"), [("validateModel", "latest"), ("getModelMetadata", "latest"), ("deleteModel", None)]
+)
+def test_a_version_left_out_means_what_the_contract_says(method: str, version: str | None) -> None:
+    assert with_version(method, {"modelId": "m"}).get("version") == version
+    assert with_version(method, {"modelId": "m", "version": "1"})["version"] == "1"
+
+
 def test_a_parameter_that_only_a_path_can_carry_must_be_there() -> None:
-    with pytest.raises(ModelManagerError, match="version"):
-        route_for("validateModel", {"modelId": "m"})
+    with pytest.raises(ModelManagerError, match="alias"):
+        route_for("setAlias", {"modelId": "m", "version": "1"})
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8002", "ftp://host/", "http://"])

@@ -155,6 +155,8 @@ def test_a_digest_that_cannot_be_checked_is_refused_rather_than_ignored(header: 
 
 def test_the_file_name_is_plain_ascii_and_in_full_if_that_is_not_the_same() -> None:
     assert content_disposition("a/b/model.onnx") == 'attachment; filename="model.onnx"'
-    assert content_disposition('q"uo;te.bin') == "attachment; filename=\"q_uo_te.bin\"; filename*=UTF-8''q%22uo%3Bte.bin"
+    assert (
+        content_disposition('q"uo;te.bin') == "attachment; filename=\"q_uo_te.bin\"; filename*=UTF-8''q%22uo%3Bte.bin"
+    )
     assert content_disposition("mödel.bin") == "attachment; filename=\"m_del.bin\"; filename*=UTF-8''m%C3%B6del.bin"
     assert content_disposition("100%.bin") == "attachment; filename=\"100_.bin\"; filename*=UTF-8''100%25.bin"

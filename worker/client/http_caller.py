@@ -11,7 +11,9 @@ import aiohttp
 from yarl import URL
 
 from schemas.errors import ERRORS, ModelManagerError
+from schemas.ids import LATEST
 from schemas.routes import FILE, PATH_PARAMETERS, ROUTES, Route
+from schemas.rpc import METHODS
 from schemas.wire import dump, parse_object
 from worker.client.caller import Unreachable, error_of, no_answer, until_answered
 
@@ -35,6 +37,7 @@ class HttpCaller:
     ) -> dict[str, Any]:
         if method == "getModel":
             return await self._get_model(params, timeout_s)
+        params = with_version(method, params)
 
         async def attempt(left_s: float, key: str | None) -> dict[str, Any]:
             try:
@@ -96,6 +99,13 @@ class HttpCaller:
         ]
         kept = ("success", "modelId", "version", "metadata", "checksum", "size")
         return {name: known[name] for name in kept} | {"files": files}
+
+
+def with_version(method: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters with the version that the contract lets out, for the path to have one."""
+    known = METHODS.get(method)
+    field = None if known is None else known.params.model_fields.get("version")
+    return params if field is None or field.default != LATEST else {"version": LATEST, **params}
 
 
 def route_for(method: str, params: Mapping[str, Any]) -> Route:

@@ -36,7 +36,6 @@ class Jobs:
         self._places = asyncio.Semaphore(places)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._progress: dict[str, dict[str, int]] = {}
-        self._stopping = False
 
     async def begin(self, method: str, params: dict[str, Any], context: Context) -> str:
         """Record a job and start it; its id. `params` are the request's, as JSON."""
@@ -91,13 +90,14 @@ class Jobs:
         self._entry(job_id)
         task = self._tasks.get(job_id)
         if task is not None:
-            task.cancel("cancelled")
-            await asyncio.wait([task], timeout=5)
+            task.cancel()
+            await asyncio.wait([task])
+            error = ModelManagerError("ERR_CONFLICT", "The job was cancelled.").body()["error"]
+            await self._end({"job": job_id, "state": "cancelled", "error": error})
         return await self.status(job_id)
 
     async def stop(self) -> None:
         """Stop the bodies without recording an end: the next process starts them again."""
-        self._stopping = True
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -137,21 +137,24 @@ class Jobs:
                 progress = self._progress[job.id] = {}
                 result = await self._bodies[job.method](job.params, progress.__setitem__)
             end: dict[str, Any] = {"job": job.id, "state": "succeeded", "result": result}
-        except asyncio.CancelledError:
-            if self._stopping:
-                return
-            error = ModelManagerError("ERR_CONFLICT", "The job was cancelled.").body()["error"]
-            end = {"job": job.id, "state": "cancelled", "error": error}
         except ModelManagerError as error:
             end = {"job": job.id, "state": "failed", "error": error.body()["error"]}
         except Exception:  # noqa: BLE001 - a job ends with a record whatever its body does
             _log.exception("job_failed", job=job.id, method=job.method)
             end = {"job": job.id, "state": "failed", "error": ModelManagerError("ERR_INTERNAL").body()["error"]}
         try:
-            await self._registry.transact(job.id, lambda: Change("job.end", end))
+            await self._end(end)
         except ModelManagerError as error:
             _log.error("job_end_not_recorded", job=job.id, code=error.code)  # it is started again at the next boot
-        self._progress.pop(job.id, None)
+
+    async def _end(self, end: dict[str, Any]) -> None:
+        """Record the end of a job, once."""
+
+        def decide() -> Change | None:
+            return None if self._entry(end["job"]).ended else Change("job.end", end)
+
+        await self._registry.transact(end["job"], decide)
+        self._progress.pop(end["job"], None)
 
 
 def _error_of(job: JobEntry) -> ModelManagerError:

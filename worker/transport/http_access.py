@@ -11,7 +11,7 @@ from aiohttp import web
 from schemas.errors import ModelManagerError
 from schemas.routes import CONTENT, FILE, UPLOAD_FILE
 from worker.signing import UrlSigner
-from worker.transport.http_replies import HttpFault
+from worker.transport.http_replies import CLOSE, HttpFault
 from worker.transport.http_target import Target
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/version", "/openapi.json"})
@@ -73,7 +73,7 @@ def _host_name(host: str) -> str:
     match = _HOST.fullmatch(host) if host else None
     if match is None:
         if host:
-            raise HttpFault(400, "The Host header is malformed.")
+            raise HttpFault(400, "The Host header is malformed.", headers=CLOSE)
         return "localhost"
     return match[1].strip("[]").lower()
 

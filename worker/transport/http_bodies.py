@@ -12,7 +12,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestPayloadError
 
 from schemas.wire import MAX_BODY_BYTES, parse_object
-from worker.transport.http_replies import JSON_TYPE, HttpFault
+from worker.transport.http_replies import CLOSE, JSON_TYPE, HttpFault
 
 # A batch must be full within the idle timeout, which is a lowest rate: 4 kB/s at 60 s.
 BATCH_BYTES = 256 * 1024
@@ -105,7 +105,7 @@ def _check_framing(request: web.BaseRequest) -> bool:
     headers = request.headers
     coding = headers.get("Transfer-Encoding")
     if coding is not None and (coding.strip().lower() != "chunked" or request.version < (1, 1)):
-        raise HttpFault(400, "The only transfer coding is chunked, with HTTP/1.1.")
+        raise HttpFault(400, "The only transfer coding is chunked, with HTTP/1.1.", headers=CLOSE)
     if "Content-Encoding" in headers:
         raise HttpFault(415, "The body must not be encoded.")
     expected = headers.get("Expect")

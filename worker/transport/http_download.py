@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import os
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -163,19 +163,24 @@ async def open_source(content: LocalFile | Stream, size: int, start: int, length
 
 
 def _open_file(path: Path, size: int, start: int, length: int) -> Source:
-    with contextlib.ExitStack() as stack:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
             raise _gone() from error
-        file = stack.enter_context(os.fdopen(descriptor, "rb", buffering=0))
+        raise ModelManagerError("ERR_STORAGE_UNAVAILABLE") from error
+    kept = False
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size != size:
             raise _gone()
         if length <= _SMALL_BYTES:
             return _Bytes(os.pread(descriptor, length, start))
-        stack.pop_all()
-        return _File(file, start)
+        kept = True
+        return _File(os.fdopen(descriptor, "rb", buffering=0), start)
+    finally:
+        if not kept:
+            os.close(descriptor)
 
 
 def _gone() -> ModelManagerError:

@@ -13,6 +13,8 @@ from schemas.errors import ModelManagerError
 from schemas.wire import dump
 
 JSON_TYPE = "application/json"
+# For faults after which a proxy and we might not agree on where the next request begins.
+CLOSE = {"Connection": "close"}
 # aiohttp would tell its own version and Python's.
 SERVER = {"Server": "model-manager"}
 _RETRY_AFTER_S = 1

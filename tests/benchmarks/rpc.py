@@ -1,0 +1,138 @@
+"""Lookups over RabbitMQ: the worker beside programs on aio-pika that give the same bytes from memory."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+
+from deploy.local.server import wait_until_ready
+from tests.amqp import delete_queues
+from tests.benchmarks.bench import Bench
+from tests.benchmarks.records import key_of, write_journal
+from tests.benchmarks.rounds import best_of, percentile
+from tests.benchmarks.rpc_caller import Load, RpcCaller
+from tests.benchmarks.services import Services, cpu_seconds, pid_of
+from tests.benchmarks.table import Table, Target, microseconds, milliseconds, rate, times
+
+LOOKUP = Target(0.8, 2.5)
+WORKER, BARE, PATTERNS = "worker", "bare aio-pika", "aio_pika.patterns.RPC"
+# In flight, and whether replies come directly or to an exclusive queue.
+CASES = ((1, False), (32, False), (32, True))
+_CATALOG = 1000
+_READY_S = 30.0
+_WARM_UP_S = 0.3
+
+
+@dataclass(frozen=True)
+class Responder:
+    """Something that answers lookups; `spent` tells its processor seconds so far."""
+
+    rack: str
+    spent: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """`own_cpu` and `broker_cpu` in seconds a request; the broker's is None where it is not our process."""
+
+    load: Load
+    own_cpu: float
+    broker_cpu: float | None
+
+
+def measure(bench: Bench) -> Iterator[Table]:
+    services = bench.services
+    url = services.broker.url
+    table = Table(
+        "RPC lookups a second: getModelMetadata, the same requests and replies for all, on the same quorum queue",
+        ["who", "in flight", "replies", "per s", "p50 ms", "p99 ms", "own us/req", "broker us/req", "x bare"],
+        "own and broker: processor time a request. The caller is one process with one blocking socket.",
+    )
+    model, version = key_of(0)
+    params = {"modelId": model, "version": version}
+    write_journal(services.folder / "bench-rpc" / "registry", _CATALOG, rack="bench-rpc")
+    with ExitStack() as running:
+        worker = running.enter_context(services.worker("bench-rpc"))
+        with RpcCaller(url, worker.rack, "getModelMetadata", params) as caller:
+            reply = caller.call()
+        responders = {WORKER: Responder(worker.rack, worker.cpu_seconds)}
+        for name, kind in ((BARE, "bare"), (PATTERNS, "patterns")):
+            responders[name] = running.enter_context(_responder(services, kind, reply))
+        for in_flight, direct in CASES:
+            _add_rows(bench, table, responders, params, in_flight, direct=direct)
+    yield table
+
+
+@contextmanager
+def _responder(services: Services, kind: str, reply: dict[str, Any]) -> Iterator[Responder]:
+    rack = f"bench-{kind}"
+    reply_file, ready = services.folder / f"{rack}.json", services.folder / f"{rack}.ready"
+    reply_file.write_bytes(orjson.dumps(reply))
+    command = [sys.executable, "-m", "tests.benchmarks.responders", kind, services.broker.url, rack]
+    command += [str(reply_file), str(ready)]
+    with services.process(rack, command, {"PYTHONPATH": str(Path.cwd())}) as process:
+        wait_until_ready(process, rack, ready.exists, timeout_s=_READY_S)
+        responder = psutil.Process(pid_of(rack))
+        try:
+            yield Responder(rack, lambda: cpu_seconds(responder))
+        finally:
+            process.stop()
+            asyncio.run(delete_queues(services.broker.url, rack))
+
+
+def _add_rows(
+    bench: Bench,
+    table: Table,
+    responders: dict[str, Responder],
+    params: dict[str, Any],
+    in_flight: int,
+    *,
+    direct: bool,
+) -> None:
+    seconds = bench.pick(2.5, 0.8)
+
+    def run(responder: Responder) -> Round:
+        with RpcCaller(bench.services.broker.url, responder.rack, "getModelMetadata", params, direct=direct) as caller:
+            return _measured(caller, responder, bench.services, in_flight, seconds)
+
+    best = best_of(
+        bench.rounds,
+        {name: lambda responder=responder: run(responder) for name, responder in responders.items()},
+        lambda measured: measured.load.per_second,
+    )
+    for name, measured in best.items():
+        load = measured.load
+        ratio = load.per_second / best[BARE].load.per_second
+        judged = name == WORKER and in_flight > 1
+        table.add(
+            name,
+            str(in_flight),
+            "direct" if direct else "queue",
+            rate(load.per_second),
+            milliseconds(percentile(load.latencies, 0.5)),
+            milliseconds(percentile(load.latencies, 0.99)),
+            microseconds(measured.own_cpu),
+            "-" if measured.broker_cpu is None else microseconds(measured.broker_cpu),
+            times(ratio),
+            value=ratio if judged else None,
+            target=LOOKUP,
+        )
+
+
+def _measured(caller: RpcCaller, responder: Responder, services: Services, in_flight: int, seconds: float) -> Round:
+    caller.closed_loop(in_flight, seconds=_WARM_UP_S)
+    own, broker = responder.spent(), services.broker_cpu_seconds()
+    load = caller.closed_loop(in_flight, seconds=seconds)
+    own_spent = responder.spent() - own
+    after = services.broker_cpu_seconds()
+    broker_spent = None if broker is None or after is None else after - broker
+    count = len(load.latencies)
+    return Round(load, own_spent / count, None if broker_spent is None else broker_spent / count)

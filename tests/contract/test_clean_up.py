@@ -1,0 +1,105 @@
+"""A blob that a live version needs is never removed; what is deleted stays deleted, and its bytes are freed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import ModelManagerError
+from tests.rack import LocalRack
+
+
+@pytest.fixture
+async def rack(tmp_path: Path) -> AsyncIterator[LocalRack]:
+    rack = LocalRack(tmp_path).open()
+    yield rack
+    await rack.close()
+
+
+def blob_names(rack: LocalRack) -> set[str]:
+    return {path.name for path in (rack.folder / "models" / "blobs").glob("*")}
+
+
+async def test_a_purge_frees_the_bytes_and_a_delete_keeps_them_for_its_undo(rack: LocalRack) -> None:
+    await rack.store_bytes("one", "1.0.0", b"one")
+    await rack.store_bytes("two", "1.0.0", b"two")
+    await rack.call("deleteModel", {"modelId": "one"})
+    await rack.call("deleteModel", {"modelId": "two", "purge": True})
+    await rack.clean_up.round()
+    assert len(blob_names(rack)) == 1
+    await rack.call("restoreModel", {"modelId": "one"})
+    report = await rack.call("validateModel", {"modelId": "one", "waitMs": 5000})
+    assert report["isValid"] is True
+
+
+async def test_shared_bytes_stay_until_the_last_version_goes(rack: LocalRack) -> None:
+    await rack.store_bytes("one", "1.0.0", b"shared")
+    await rack.store_bytes("two", "1.0.0", b"shared")
+    await rack.call("deleteModel", {"modelId": "one", "purge": True})
+    await rack.clean_up.round()
+    assert len(blob_names(rack)) == 1
+    await rack.call("deleteModel", {"modelId": "two", "purge": True})
+    await rack.clean_up.round()
+    assert blob_names(rack) == set()
+
+
+async def test_the_end_of_the_undo_window_frees_the_bytes_and_the_name(tmp_path: Path) -> None:
+    rack = LocalRack(tmp_path, undo_s=0.0).open()
+    await rack.store_bytes("net", "1.0.0", b"old")
+    await rack.call("deleteModel", {"modelId": "net"})
+    await asyncio.sleep(0.01)
+    await rack.clean_up.round()
+    assert blob_names(rack) == set()
+    with pytest.raises(ModelManagerError, match="ERR_MODEL_NOT_FOUND"):
+        await rack.call("restoreModel", {"modelId": "net"})
+    assert (await rack.store_bytes("net", "1.0.0", b"new"))["created"] is True
+    await rack.close()
+
+
+async def test_bytes_that_no_record_names_are_swept(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"kept")
+    kept = blob_names(rack)
+    (rack.folder / "models" / "blobs" / "01ARZ3NDEKTSV4RRFFQ69G5FAV").write_bytes(b"left by a crash")
+    await rack.clean_up.sweep()
+    assert blob_names(rack) == kept
+
+
+async def test_stores_deletes_and_clean_up_at_the_same_time_lose_nothing(rack: LocalRack) -> None:
+    """Sixteen callers share four contents, so that every delete races with stores of the same bytes."""
+    contents = [bytes([n]) * 2000 for n in range(4)]
+    cleaning = asyncio.create_task(rack.clean_up.run())
+    dice = random.Random(7)
+
+    async def caller(name: str) -> None:
+        for _ in range(40):
+            try:
+                if dice.random() < 0.6:
+                    await rack.store_bytes(name, "1.0.0", dice.choice(contents))
+                else:
+                    await rack.call("deleteModel", {"modelId": name, "purge": dice.random() < 0.7})
+            except ModelManagerError as error:
+                assert error.code in ("ERR_MODEL_NOT_FOUND", "ERR_MODEL_ALREADY_EXISTS")  # noqa: PT017
+            await asyncio.sleep(dice.random() * 0.01)
+            if dice.random() < 0.1:
+                await rack.clean_up.sweep()
+
+    await asyncio.gather(*(caller(f"net-{n}") for n in range(16)))
+    cleaning.cancel()
+    await asyncio.gather(cleaning, return_exceptions=True)
+    await rack.clean_up.round()
+    live = (await rack.call("listModels", {"limit": 1000}))["models"]
+    assert live
+    for entry in live:
+        report = await rack.call("validateModel", {"modelId": entry["modelId"], "waitMs": 5000})
+        assert report["isValid"] is True, report
+    for name in range(16):
+        try:
+            await rack.call("deleteModel", {"modelId": f"net-{name}", "purge": True})
+        except ModelManagerError as error:
+            assert error.code == "ERR_MODEL_NOT_FOUND"  # noqa: PT017
+    await rack.clean_up.round()
+    assert blob_names(rack) == set()

@@ -1,0 +1,121 @@
+"""The dispatcher: lanes, deadlines, draining, and errors that tell nothing they should not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas.errors import ModelManagerError
+from tests.rack import LocalRack
+from worker.context import Context
+from worker.dispatch import Dispatcher
+
+
+@pytest.fixture
+async def rack(tmp_path: Path) -> AsyncIterator[LocalRack]:
+    rack = LocalRack(tmp_path).open()
+    yield rack
+    await rack.close()
+
+
+class Gate:
+    """A handler that stays inside until it is let go."""
+
+    def __init__(self) -> None:
+        self.let_go = asyncio.Event()
+        self.inside = 0
+
+    async def __call__(self, params: Any, context: Context) -> dict[str, Any]:
+        self.inside += 1
+        await self.let_go.wait()
+        return {"success": True}
+
+
+def gated(rack: LocalRack, method: str, **lanes: int) -> tuple[Dispatcher, Gate]:
+    gate = Gate()
+    rack.service.handlers[method] = gate
+    return Dispatcher(rack.service, rack.registry, rack.metrics, **{"lookups": 4, "writes": 2, **lanes}), gate
+
+
+async def test_lookups_do_not_wait_behind_writes(rack: LocalRack) -> None:
+    dispatcher, gate = gated(rack, "restoreModel")
+    writes = [asyncio.create_task(dispatcher.call("restoreModel", {"modelId": "a"}, Context())) for _ in range(8)]
+    while gate.inside < 2:
+        await asyncio.sleep(0)
+    assert (await dispatcher.call("listModels", {}, Context()))["count"] == 0
+    assert gate.inside == 2
+    gate.let_go.set()
+    await asyncio.gather(*writes)
+
+
+async def test_beyond_the_waiting_room_a_lane_says_when_to_come_back(rack: LocalRack) -> None:
+    dispatcher, gate = gated(rack, "restoreModel")
+    inside = [asyncio.create_task(dispatcher.call("restoreModel", {"modelId": "a"}, Context())) for _ in range(10)]
+    while gate.inside < 2:
+        await asyncio.sleep(0)
+    with pytest.raises(ModelManagerError) as error:
+        await dispatcher.call("restoreModel", {"modelId": "a"}, Context())
+    assert (error.value.code, error.value.retryable) == ("ERR_OVERLOADED", True)
+    assert error.value.details["retryAfterMs"] >= 50
+    gate.let_go.set()
+    assert all(reply["success"] for reply in await asyncio.gather(*inside))
+    assert (await dispatcher.call("restoreModel", {"modelId": "a"}, Context()))["success"]
+
+
+async def test_a_deadline_that_is_over_is_not_worked_on(rack: LocalRack) -> None:
+    dispatcher, gate = gated(rack, "restoreModel")
+    with pytest.raises(ModelManagerError, match="ERR_DEADLINE_EXCEEDED"):
+        await dispatcher.call("restoreModel", {"modelId": "a"}, Context(deadline=time.monotonic() - 1))
+    assert gate.inside == 0
+
+
+async def test_a_deadline_ends_work_that_takes_too_long(rack: LocalRack) -> None:
+    dispatcher, gate = gated(rack, "restoreModel")
+    with pytest.raises(ModelManagerError, match="ERR_DEADLINE_EXCEEDED"):
+        await dispatcher.call("restoreModel", {"modelId": "a"}, Context(deadline=time.monotonic() + 0.05))
+    assert gate.inside == 1
+
+
+async def test_while_draining_lookups_are_answered_and_writes_refused(rack: LocalRack) -> None:
+    rack.dispatcher.draining = True
+    assert (await rack.call("listModels", {}))["success"] is True
+    with pytest.raises(ModelManagerError, match="ERR_SHUTTING_DOWN"):
+        await rack.store_bytes("net", "1.0.0", b"x")
+
+
+async def test_before_the_registry_is_open_everything_may_be_tried_again(tmp_path: Path) -> None:
+    rack = LocalRack(tmp_path)
+    with pytest.raises(ModelManagerError) as error:
+        await rack.call("listModels", {})
+    assert (error.value.code, error.value.retryable) == ("ERR_STORAGE_UNAVAILABLE", True)
+    await rack.close()
+
+
+async def test_an_unknown_failure_tells_the_caller_nothing_of_ours(rack: LocalRack) -> None:
+    async def broken(params: Any, context: Context) -> Any:
+        raise RuntimeError("/srv/secret/path went wrong")
+
+    rack.service.handlers["ping"] = broken
+    answer = await rack.dispatcher.answer("ping", b"{}", Context())
+    assert answer["error"]["code"] == "ERR_INTERNAL"
+    assert "secret" not in str(answer)
+
+
+async def test_an_unknown_method_is_told_so(rack: LocalRack) -> None:
+    answer = await rack.dispatcher.answer("destroyEverything", b"{}", Context())
+    assert answer["error"]["code"] == "ERR_UNKNOWN_METHOD"
+
+
+async def test_every_request_is_counted_by_method_and_code(rack: LocalRack) -> None:
+    await rack.dispatcher.answer("ping", b"{}", Context())
+    await rack.dispatcher.answer("getModel", b'{"modelId": "none"}', Context())
+    await rack.dispatcher.answer("getModel", b"not json", Context())
+    text = rack.metrics.render()[1].decode()
+    assert 'model_manager_rpc_requests_total{code="ok",op="ping"} 1.0' in text
+    assert 'model_manager_rpc_requests_total{code="ERR_MODEL_NOT_FOUND",op="getModel"} 1.0' in text
+    assert 'model_manager_rpc_requests_total{code="ERR_INVALID_REQUEST",op="getModel"} 1.0' in text

@@ -1,0 +1,114 @@
+"""A repeated request has one effect and one answer: after a restart, at the same time, with the same or another body."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import ModelManagerError
+from tests.rack import LocalRack
+
+
+@pytest.fixture
+async def rack(tmp_path: Path) -> AsyncIterator[LocalRack]:
+    rack = LocalRack(tmp_path).open()
+    yield rack
+    await rack.close()
+
+
+async def test_a_repeat_is_answered_from_the_record_also_after_a_restart(tmp_path: Path) -> None:
+    rack = LocalRack(tmp_path).open()
+    first = await rack.store_bytes("net", "1.0.0", b"x", key="k")
+    head = rack.registry.journal.head
+    assert await rack.store_bytes("net", "1.0.0", b"x", key="k") == first
+    assert rack.registry.journal.head == head
+    await rack.close()
+    again = LocalRack(tmp_path).open()
+    assert await again.store_bytes("net", "1.0.0", b"x", key="k") == first
+    assert first["created"] is True
+    await again.close()
+
+
+async def test_the_answer_is_the_first_one_though_the_state_moved_on(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"x")
+    change = {"modelId": "net", "metadata": {"note": 1}}
+    first = await rack.call("updateModelMetadata", change, key="k")
+    await rack.call("updateModelMetadata", {"modelId": "net", "metadata": {"note": 2}})
+    assert await rack.call("updateModelMetadata", change, key="k") == first
+    assert (await rack.call("getModelMetadata", {"modelId": "net"}))["metadata"]["note"] == 2
+
+
+async def test_a_delete_repeated_after_a_new_store_deletes_nothing(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"x")
+    first = await rack.call("deleteModel", {"modelId": "net", "purge": True}, key="k")
+    await rack.store_bytes("net", "1.0.0", b"y")
+    assert await rack.call("deleteModel", {"modelId": "net", "purge": True}, key="k") == first
+    assert (await rack.call("getModelMetadata", {"modelId": "net"}))["state"] == "available"
+
+
+async def test_repeats_at_the_same_time_have_one_effect(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"x")
+    change = {"modelId": "net", "metadata": {"note": 1}}
+    answers = await asyncio.gather(*(rack.call("updateModelMetadata", change, key="k") for _ in range(20)))
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0]["revision"] == 2
+
+
+async def test_the_same_key_with_another_request_is_a_conflict(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"x", key="k")
+    with pytest.raises(ModelManagerError, match="ERR_CONFLICT"):
+        await rack.store_bytes("net", "1.0.0", b"y", key="k")
+    with pytest.raises(ModelManagerError, match="ERR_CONFLICT"):
+        await rack.call("deleteModel", {"modelId": "net"}, key="k")
+
+
+async def test_keys_of_different_callers_do_not_meet(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"x")
+    one = {"modelId": "net", "metadata": {"note": 1}}
+    two = {"modelId": "net", "metadata": {"note": 2}}
+    await rack.call("updateModelMetadata", one, key="k", caller="alice")
+    assert (await rack.call("updateModelMetadata", two, key="k", caller="bob"))["revision"] == 3
+
+
+async def test_a_refused_request_leaves_its_key_free(rack: LocalRack) -> None:
+    with pytest.raises(ModelManagerError, match="ERR_MODEL_NOT_FOUND"):
+        await rack.call("deleteModel", {"modelId": "net"}, key="k")
+    await rack.store_bytes("net", "1.0.0", b"x")
+    assert (await rack.call("deleteModel", {"modelId": "net"}, key="k"))["versions"] == ["1.0.0"]
+
+
+async def test_a_repeated_job_is_the_same_job(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"x")
+    request = {"modelId": "net", "version": "1.0.0", "waitMs": 5000}
+    first = await rack.call("validateModel", request, key="k")
+    begun = len(rack.registry.catalog.jobs)
+    assert await rack.call("validateModel", request, key="k") == first
+    assert len(rack.registry.catalog.jobs) == begun == 1
+
+
+async def test_a_repeated_upload_is_the_same_upload(rack: LocalRack) -> None:
+    request = {
+        "modelId": "net",
+        "version": "1.0.0",
+        "files": [{"path": "a", "size": 1, "sha256": "sha256:" + "0" * 64}],
+    }
+    first = await rack.call("createUpload", request, key="k")
+    assert (await rack.call("createUpload", request, key="k"))["uploadId"] == first["uploadId"]
+
+
+async def test_a_caller_who_gives_up_does_not_stop_the_effect(rack: LocalRack) -> None:
+    task = asyncio.create_task(rack.store_bytes("net", "1.0.0", b"x", key="k"))
+    while rack.registry.journal.head < 1 and not task.done():
+        await asyncio.sleep(0)
+    for _ in range(200):  # cancelled somewhere between the bytes and the commit
+        await asyncio.sleep(0)
+        if rack.registry._transactions:
+            break
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    stored = await rack.store_bytes("net", "1.0.0", b"x", key="k")
+    assert stored["checksum"]
+    assert (await rack.call("listModels", {}))["count"] == 1
