@@ -58,7 +58,7 @@ class ModelManagerError(Exception):
     `message` is for people and holds no path, host or stack of ours; `details` is JSON for programs.
     """
 
-    def __init__(self, code: str, message: str = "", **details: Any) -> None:
+    def __init__(self, code: str, message: str = "", /, **details: Any) -> None:
         self.kind = ERRORS[code]
         self.message = message or self.kind.sentence
         self.details = details

@@ -66,6 +66,7 @@ class LocalRack:
         self.registry.open()
         self.registry.start()
         self.service.jobs.resume()
+        self.readiness.set("registry", True)
         return self
 
     async def close(self) -> None:

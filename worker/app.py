@@ -1,8 +1,8 @@
 """The composition root: builds everything from the settings, starts it in order, and drains it in order.
 
-Boot: HTTP listens (not ready, saying why) -> registry locked, verified, replayed -> storage reachable and ours -> open for
-requests, jobs resumed -> broker. Drain: not ready, no new writes -> consumer cancelled, running requests finish -> HTTP
-transfers finish -> journal closed with its mark.
+Boot: HTTP listens (not ready, saying why) -> registry locked, verified, replayed -> storage reachable and ours -> open
+for requests, jobs resumed -> broker. Drain: not ready, no new writes -> consumer cancelled, running requests finish ->
+HTTP transfers finish -> journal closed with its mark.
 """
 
 from __future__ import annotations
@@ -10,40 +10,37 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Awaitable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
 
 from schemas.documents import openapi_bytes
-from schemas.errors import EXIT_CONFIG_INVALID, ERRORS, ModelManagerError
-from schemas.hints import head_hint, hint_of
+from schemas.errors import ERRORS, EXIT_CONFIG_INVALID, ModelManagerError
 from worker import __version__
+from worker.announcer import Announcer
+from worker.build import build_policy, build_store
 from worker.cache import ModelCache
 from worker.dispatch import Dispatcher
 from worker.journal import Entry, JournalDamaged, JournalLocked
 from worker.logs import configure_logs
 from worker.metrics import Metrics
-from worker.policy import Policy
 from worker.readiness import Readiness
 from worker.registry import Registry
 from worker.service.service import ModelService
-from worker.settings import Loaded, Settings
+from worker.settings import Loaded
 from worker.signing import UrlSigner
-from worker.storage.blobstore import BlobStore
-from worker.storage.disk import DiskStore
-from worker.storage.retrying import RetryingStore
-from worker.storage.s3 import S3Store
 from worker.transport.amqp import AmqpTransport
 from worker.transport.http_server import HttpServer
 from worker.upkeep.clean_up import CleanUp
 from worker.upkeep.ownership import NotOwner, take_ownership
-from worker.validation.registry import known_formats
 
 _log = structlog.get_logger()
 
-_HEAD_HINT_PERIOD_S = 60.0
 _LOCK_POLL_S = 0.5
 _PROBE_PERIOD_S = 10.0
 _EXIT_UNAVAILABLE = ERRORS["ERR_STORAGE_UNAVAILABLE"].exit_code
@@ -70,42 +67,6 @@ async def run(loaded: Loaded, stop: asyncio.Event, *, broker: bool, take_over: b
     except BootRefused as refused:
         _log.error("boot_refused", reason=str(refused), exit_code=refused.exit_code)
         return refused.exit_code
-
-
-def build_store(settings: Settings, observe: Any) -> BlobStore:
-    """The blob store of the settings, with retries around it."""
-    timeout = settings.timeouts.storage
-    if settings.storage.backend == "disk":
-        return RetryingStore(DiskStore(settings.storage.path, observe=observe), observe=observe)
-    s3 = settings.storage.s3
-    store = S3Store(
-        endpoint_url=s3.endpoint_url,
-        bucket=s3.bucket or "",
-        prefix=settings.rack if s3.prefix is None else s3.prefix,
-        region=s3.region,
-        public_endpoint_url=s3.public_endpoint_url,
-        timeout_s=timeout,
-        observe=observe,
-    )
-    return RetryingStore(store, observe=observe)
-
-
-def build_policy(settings: Settings) -> Policy:
-    formats = known_formats() if settings.supported_formats is None else frozenset(settings.supported_formats)
-    return Policy(
-        rack=settings.rack,
-        formats=formats,
-        max_model_size=settings.max_model_size,
-        max_inline_size=settings.max_inline_size,
-        allow_pickle=settings.allow_pickle,
-        check_formats=settings.model_validation_enabled,
-        check_checksums=settings.checksum_validation,
-        peers=settings.replication.peers,
-        replication_factor=settings.replication_factor,
-        undo_s=settings.limits.undo_seconds,
-        upload_s=settings.limits.upload_seconds,
-        url_s=settings.limits.url_seconds,
-    )
 
 
 class App:
@@ -171,8 +132,9 @@ class App:
                 prefetch=settings.limits.prefetch,
                 observer=self.metrics.amqp,
             )
-            self.registry.listen(self._announce)
-        self.registry.listen(lambda entry: self.metrics.journal.recorded(entry.op))
+            self.announcer = Announcer(settings.rack, self.registry, self.amqp.announce)
+        self.registry.listen(self._count)
+        self._measure_disks()
 
     async def run(self, stop: asyncio.Event) -> int:
         """Boot, serve until `stop` or a failure, drain."""
@@ -213,7 +175,7 @@ class App:
         self._background(self._watch(), "watch")
         if self.amqp is not None:
             await self.amqp.start()
-            self._background(self._tell_head(), "head hints")
+            self._background(self.announcer.tell_head(), "head hints")
         _log.info(
             "worker_started",
             version=__version__,
@@ -329,28 +291,22 @@ class App:
         else:
             self.readiness.set("storage", True)
 
-    def _announce(self, entry: Entry) -> None:
-        assert self.amqp is not None
-        hint = hint_of(
-            entry.op,
-            entry.record,
-            rack=self._settings.rack,
-            epoch=self.registry.journal.epoch,
-            sequence=entry.sequence,
-            time_ms=entry.time_ms,
-        )
-        if hint is not None:
-            self.amqp.announce(hint)
+    def _measure_disks(self) -> None:
+        folders = {"registry": self._settings.registry.path}
+        if self._settings.storage.backend == "disk":
+            folders["blobs"] = self._settings.storage.path
+        for name, folder in folders.items():
+            self.metrics.collect(partial(self._measure_disk, name, folder))
 
-    async def _tell_head(self) -> None:
-        assert self.amqp is not None
-        while True:
-            journal = self.registry.journal
-            now = time.time_ns() // 1_000_000
-            self.amqp.announce(
-                head_hint(rack=self._settings.rack, epoch=journal.epoch, head=journal.head, time_ms=now)
-            )
-            await asyncio.sleep(_HEAD_HINT_PERIOD_S)
+    def _measure_disk(self, name: str, folder: Path) -> None:
+        self.metrics.disk_free(name, shutil.disk_usage(folder).free)
+
+    def _count(self, entry: Entry) -> None:
+        self.metrics.journal.recorded(entry.op)
+        if entry.op == "update" and entry.record["state"] == "quarantined":
+            self.metrics.checksum_mismatch("validate")
+        if entry.op == "job.end" and entry.record.get("error", {}).get("code") == "ERR_CHECKSUM_MISMATCH":
+            self.metrics.checksum_mismatch("upload")
 
     def _base_url(self) -> str:
         http = self._settings.http
@@ -398,5 +354,3 @@ class App:
 
 def _revision() -> str:
     return os.environ.get("MODEL_MANAGER_REVISION", "unknown")
-
-

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import structlog
 from pydantic import ValidationError
-from schemas.deadline import deadline as deadline_of_request
 
+from schemas.deadline import deadline as deadline_of_request
 from schemas.errors import ModelManagerError
 from schemas.journal import Idempotency
 from schemas.model import Wire

@@ -17,6 +17,7 @@ from schemas.hints import HINT_TYPES
 from schemas.journal import RECORDS
 from schemas.routes import CONTENT, FILE, ROUTES, UPLOAD_FILE
 from worker.journal.observer import JournalObserver
+from worker.storage.blobstore import StoreObserver
 
 PREFIX = "model_manager_"
 OTHER = "other"
@@ -211,7 +212,7 @@ class JournalMetrics(JournalObserver):
         self._records.labels(self._types(op)).inc()
 
 
-class StorageMetrics:
+class StorageMetrics(StoreObserver):
     """What one backend of the blob store does."""
 
     def __init__(self, store: Store, backend: str) -> None:

@@ -122,6 +122,8 @@ class Metrics:
         self._in_flight.labels(op).dec()
         self._requests.labels(op, self._codes(code)).inc()
         self._durations.labels(op).observe(seconds)
+        if code == "ERR_CHECKSUM_MISMATCH" and method in ("storeModel", "getModel"):
+            self.checksum_mismatch("upload" if method == "storeModel" else "read")
 
     def request_repeated(self) -> None:
         self._duplicates.inc()

@@ -27,12 +27,14 @@ class Process:
         self.log = log
         self.stop_s = stop_s
         self._watchdog: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
 
     def start(self) -> None:
         if self.exit_code() is None and self._watchdog is not None:
             return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
+            self._log_start = output.tell()
             # A session of its own: Ctrl-C in a terminal goes to us, and we decide the order in which things end.
             self._watchdog = subprocess.Popen(
                 [sys.executable, "-I", "-S", watchdog.__file__],
@@ -74,5 +76,7 @@ class Process:
         return None if code is None else f"exit status {code}\n{self.tail()}"
 
     def tail(self) -> str:
-        """The last lines of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+        """The last lines of the log, of those written since the last start."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-TAIL_LINES:])

@@ -24,6 +24,7 @@ from worker.registry import Registry
 
 LOOKUP = Target(3, 10)
 SEARCH = Target(50, 10, " ms", at_most=True)
+_SEARCHED = 1_000_000  # versions that the design's number is for
 _ROWS_AT_ONCE = 10_000
 
 Find = Callable[[str, str], object]
@@ -108,7 +109,7 @@ def _searches(bench: Bench, catalog: Catalog) -> Table:
     table = Table(
         f"Search of {bench.versions:,} versions, milliseconds",
         ["criteria", "first time", "first page of 100", "all pages", "matches"],
-        "the design's number is for a first page at 1,000,000 versions: --versions 1000000",
+        f"the design's number ({SEARCH}) is for a first page by type and tag at {_SEARCHED:,}: --versions {_SEARCHED}",
     )
     for name, criteria, sort in cases:
         first, _ = asyncio.run(_first_page(catalog, criteria, sort))
@@ -121,7 +122,7 @@ def _searches(bench: Bench, catalog: Catalog) -> Table:
             milliseconds(min(pages)),
             milliseconds(whole),
             f"{matches:,}",
-            value=min(pages) * 1000 if indexed else None,
+            value=min(pages) * 1000 if indexed and bench.versions >= _SEARCHED else None,
             target=SEARCH,
         )
     return table

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -53,18 +54,23 @@ def measure(bench: Bench) -> Iterator[Table]:
         database = bench.folder / "writes.sqlite"
         _make_database(database)
         for writers, target in TARGETS.items():
-            threads = min(writers, SQLITE_THREADS)
             best = best_of(
                 bench.rounds,
                 {
-                    "registry": lambda writers=writers: runner.run(_write(registry, writers, seconds, numbers)),
-                    "sqlite": lambda threads=threads: _insert(database, threads, seconds, rows),
+                    "registry": partial(_written, runner, registry, writers, seconds, numbers),
+                    "sqlite": partial(_insert, database, min(writers, SQLITE_THREADS), seconds, rows),
                 },
                 lambda writes: writes.per_second,
             )
             ratio = best["registry"].per_second / best["sqlite"].per_second
             table.add(
-                str(writers), *_cells(best["registry"]), *_cells(best["sqlite"]), times(ratio), value=ratio, target=target
+                str(writers),
+                *_cells(best["registry"]),
+                *_cells(best["sqlite"]),
+                times(ratio),
+                value=ratio,
+                target=target,
+                judged_as=f"{writers} concurrent",
             )
         runner.run(registry.close())
     yield table
@@ -82,6 +88,10 @@ async def _start(registry: Registry) -> None:
     registry.start()
 
 
+def _written(runner: asyncio.Runner, registry: Registry, writers: int, seconds: float, numbers: count[int]) -> Writes:
+    return runner.run(_write(registry, writers, seconds, numbers))
+
+
 async def _write(registry: Registry, writers: int, seconds: float, numbers: count[int]) -> Writes:
     latencies: list[float] = []
     began = time.perf_counter()
@@ -89,12 +99,16 @@ async def _write(registry: Registry, writers: int, seconds: float, numbers: coun
 
     async def writer() -> None:
         while (now := time.perf_counter()) < end:
-            record = store_record(next(numbers))
-            await registry.transact(record["model"], lambda: Change("store", record))
+            change = Change("store", store_record(next(numbers)))
+            await registry.transact(change.record["model"], partial(_decided, change))
             latencies.append(time.perf_counter() - now)
 
     await asyncio.gather(*(writer() for _ in range(writers)))
     return Writes(time.perf_counter() - began, latencies)
+
+
+def _decided(change: Change) -> Change:
+    return change
 
 
 def _connect(database: Path) -> sqlite3.Connection:

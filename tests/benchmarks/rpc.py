@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def _add_rows(
 
     best = best_of(
         bench.rounds,
-        {name: lambda responder=responder: run(responder) for name, responder in responders.items()},
+        {name: partial(run, responder) for name, responder in responders.items()},
         lambda measured: measured.load.per_second,
     )
     for name, measured in best.items():
@@ -124,6 +125,7 @@ def _add_rows(
             times(ratio),
             value=ratio if judged else None,
             target=LOOKUP,
+            judged_as=f"{in_flight} in flight, replies {'direct' if direct else 'by queue'}",
         )
 
 

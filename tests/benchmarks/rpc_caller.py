@@ -49,7 +49,7 @@ class Load:
 
 
 class RpcCaller:
-    """Calls `method` of `rack` with the same `params` again and again. Replies come to a queue of its own, or directly."""
+    """Calls `method` of `rack` with the same `params` again and again. Replies come to its own queue, or directly."""
 
     def __init__(self, url: str, rack: str, method: str, params: dict[str, Any], *, direct: bool = False) -> None:
         parts = urlsplit(url)

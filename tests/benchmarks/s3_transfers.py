@@ -21,7 +21,7 @@ _PREFIX = "bench-s3"
 
 def measure(bench: Bench) -> Iterator[Table]:
     endpoint = bench.services.object_store
-    size = int(bench.pick(512, 128)) * _MIB
+    size = int(bench.pick(512, 256)) * _MIB
     source = random_file(bench.folder / "s3-source", size)
     sha256 = sha256_alone(source)
     client = s3_client(endpoint)

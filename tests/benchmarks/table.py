@@ -57,11 +57,13 @@ class Table:
         self._rows: list[list[str]] = []
         self._notes = notes
 
-    def add(self, *cells: str, value: float | None = None, target: Target | None = None) -> None:
-        """A row; `value` is what `target` judges."""
+    def add(
+        self, *cells: str, value: float | None = None, target: Target | None = None, judged_as: str | None = None
+    ) -> None:
+        """A row; `value` is what `target` judges, named in the summary by `judged_as` or the first cell."""
         design = ""
         if value is not None and target is not None:
-            judged = Judged(cells[0], value, target)
+            judged = Judged(judged_as or cells[0], value, target)
             self.judged.append(judged)
             design = f"{target}: {judged.verdict}"
         self._rows.append([*cells, *[""] * (len(self._columns) - 1 - len(cells)), design])
@@ -70,13 +72,18 @@ class Table:
         rows = [self._columns, *self._rows]
         widths = [max(len(row[at]) for row in rows) for at in range(len(self._columns))]
         lines = [_line(row, widths) for row in rows]
-        return "\n".join([self.title, lines[0], "-" * len(lines[0]), *lines[1:], *(f"  {note}" for note in self._notes)])
+        return "\n".join(
+            [self.title, lines[0], "-" * len(lines[0]), *lines[1:], *(f"  {note}" for note in self._notes)]
+        )
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     """The first and the last cell to the left, numbers to the right."""
     last = len(row) - 1
-    cells = [cell.ljust(width) if at in (0, last) else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))]
+    cells = [
+        cell.ljust(width) if at in (0, last) else cell.rjust(width)
+        for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
     return "  ".join(cells).rstrip()
 
 

@@ -82,7 +82,7 @@ async def test_stores_deletes_and_clean_up_at_the_same_time_lose_nothing(rack: L
                 else:
                     await rack.call("deleteModel", {"modelId": name, "purge": dice.random() < 0.7})
             except ModelManagerError as error:
-                assert error.code in ("ERR_MODEL_NOT_FOUND", "ERR_MODEL_ALREADY_EXISTS")  # noqa: PT017
+                assert error.code in ("ERR_MODEL_NOT_FOUND", "ERR_MODEL_ALREADY_EXISTS")
             await asyncio.sleep(dice.random() * 0.01)
             if dice.random() < 0.1:
                 await rack.clean_up.sweep()
@@ -100,6 +100,6 @@ async def test_stores_deletes_and_clean_up_at_the_same_time_lose_nothing(rack: L
         try:
             await rack.call("deleteModel", {"modelId": f"net-{name}", "purge": True})
         except ModelManagerError as error:
-            assert error.code == "ERR_MODEL_NOT_FOUND"  # noqa: PT017
+            assert error.code == "ERR_MODEL_NOT_FOUND"
     await rack.clean_up.round()
     assert blob_names(rack) == set()

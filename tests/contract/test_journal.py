@@ -26,7 +26,7 @@ def named(folder: Path, pattern: str) -> list[Path]:
 
 async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - the journal has no event for it, and needs none
+        while not condition():
             await asyncio.sleep(0.02)
 
 

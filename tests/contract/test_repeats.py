@@ -1,4 +1,4 @@
-"""A repeated request has one effect and one answer: after a restart, at the same time, with the same or another body."""
+"""A repeated request has one effect and one answer, also after a restart or at the same time."""
 
 from __future__ import annotations
 

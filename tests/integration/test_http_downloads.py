@@ -158,11 +158,26 @@ async def test_if_match_for_other_bytes_is_412(http: HttpRack) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "a%2F..%2F..%2Fb", "/etc/passwd", "%2Fetc%2Fpasswd", "a//b", "."]
-    + ["a/./b", "a%5C..%5Cb", "%00", "a%00.bin", "a%0d%0aX: y", "%ff", "x" * 513, "%c0%ae%c0%ae/x"],
+    [
+        "../../etc/passwd",
+        "%2e%2e/%2e%2e/etc/passwd",
+        "a%2F..%2F..%2Fb",
+        "/etc/passwd",
+        "%2Fetc%2Fpasswd",
+        "a//b",
+        ".",
+        "a/./b",
+        "a%5C..%5Cb",
+        "%00",
+        "a%00.bin",
+        "a%0d%0aX:%20y",
+        "%ff",
+        "%c0%ae%c0%ae/x",
+        "x" * 513,
+    ],
 )
 async def test_no_path_leads_out_of_the_version(http: HttpRack, path: str) -> None:
-    answer = await http.send("GET", f"/api/models/m/versions/1/files/{path.replace(' ', '%20')}")
+    answer = await http.send("GET", f"/api/models/m/versions/1/files/{path}")
     assert (answer.status, answer.code) == (400, "ERR_INVALID_REQUEST")
 
 
@@ -209,7 +224,8 @@ async def test_a_stream_is_asked_for_the_range_only(http: HttpRack) -> None:
 
 async def test_a_storage_that_fails_at_once_is_a_coded_error(http: HttpRack) -> None:
     async def read(start: int, length: int) -> AsyncIterator[bytes]:
-        raise ModelManagerError("ERR_STORAGE_UNAVAILABLE")
+        if length:
+            raise ModelManagerError("ERR_STORAGE_UNAVAILABLE")
         yield b""
 
     serve(http, Stream(read), 10)

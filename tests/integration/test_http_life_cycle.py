@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.http_rack import HttpRack, blob_files, code_in, eventually, http_rack, open_files, split
+from tests.http_rack import HttpRack, blob_files, eventually, http_rack, open_files, split
 
 GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 PUT = b"PUT /api/models/m/versions/1/content?type=custom HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n"
-GIB = 1024**3
 
 
 @pytest.fixture
@@ -112,13 +111,6 @@ async def test_after_the_stop_nothing_listens_and_a_second_stop_is_harmless(http
     await http.server.stop(1.0)
     assert not listens(port)
     await http.server.stop(1.0)
-
-
-async def test_a_request_before_the_registry_is_open_is_503_and_the_probes_answer(http: HttpRack) -> None:
-    await http.rack.registry.close()
-    answer = await http.send("GET", "/api/models")
-    assert (answer.status, code_in(answer.body)) == (503, "ERR_STORAGE_UNAVAILABLE")
-    assert (await http.send("GET", "/livez")).status == 200
 
 
 def listens(port: int) -> bool:

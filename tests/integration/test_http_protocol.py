@@ -161,7 +161,10 @@ async def test_an_idle_connection_is_closed_and_one_in_use_is_not(tmp_path: Path
         for _ in range(4):
             writer.write(GET + b"\r\n")
             assert (await reader.readuntil(b'"ok"}')).startswith(b"HTTP/1.1 200")
-            await asyncio.sleep(0.3)  # longer than headers may take: the clock begins with their first byte
+            # Longer than headers may take: their clock begins with their first byte.
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await reader.read(1)
         async with asyncio.timeout(5):
             assert await reader.read() == b""
         writer.close()

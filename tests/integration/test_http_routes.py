@@ -359,7 +359,7 @@ async def test_no_reply_tells_what_it_is_made_with(http: HttpRack) -> None:
 
 async def test_a_fault_of_ours_is_500_and_tells_nothing(http: HttpRack, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(model_id: str) -> list[object]:
-        raise OSError(5, "Input/output error", "/work/secret.py")
+        raise OSError(5, "Input/output error", "/srv/secret.py")
 
     await http.put("m", "1", DATA)
     monkeypatch.setattr(http.rack.service, "versions_of", broken)

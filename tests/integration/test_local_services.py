@@ -234,6 +234,49 @@ def test_the_file_of_addresses_survives_a_shell_and_is_not_taken_for_the_users_o
     assert "MODEL_MANAGER_AMQP__URL" not in os.environ
 
 
+def test_make_run_outlives_its_worker_keeps_its_data_and_ends_in_order(rabbitmq: RabbitMQ, tmp_path: Path) -> None:
+    if rabbitmq.source is not Source.NATIVE:
+        pytest.skip(f"the broker here is no process of ours: {rabbitmq.why}")
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    for models in ("", "kept"):
+        with make_run(tmp_path) as run:
+            assert said(run, "ready", "the worker ended").startswith("local: ready")
+            shell = '. data/local/env && .venv/bin/model-manager "$@"'
+            listed = subprocess.run(["sh", "-c", shell, "sh", "ls"], cwd=tmp_path, capture_output=True, text=True)
+            assert models in listed.stdout
+            push = ["sh", "-c", shell, "sh", "push", "data/local/env", "kept", "--type", "custom", "--quiet"]
+            subprocess.run(push, cwd=tmp_path, check=True)
+            if not models:
+                worker_of(run).kill()
+                assert "exit status 137" in said(run, "the worker ended")
+                assert "model-manager worker --rack rack-1" in said(run, ".venv/bin/model-manager worker")
+                assert answers((tmp_path / "data/local/env").read_text().partition("AMQP__URL=")[2].split()[0])
+            run.send_signal(signal.SIGINT)
+            assert run.wait(DEADLINE_S) == 0
+        assert not processes_of(tmp_path)
+
+
+def make_run(folder: Path) -> subprocess.Popen[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MODEL_MANAGER_", "LOCAL_"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy.local.run", "--storage", "disk"],
+        cwd=folder,
+        env={**env, "PYTHONPATH": str(ROOT), "DOCKER_HOST": "unix:///nonexistent"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def said(run: subprocess.Popen[str], *beginnings: str) -> str:
+    """The next line that tells one of these."""
+    assert run.stderr is not None
+    return next(line for line in run.stderr if any(beginning in line for beginning in beginnings))
+
+
+def worker_of(run: subprocess.Popen[str]) -> psutil.Process:
+    return next(child for child in psutil.Process(run.pid).children(recursive=True) if "--rack" in child.cmdline())
+
+
 async def test_a_broker_in_a_container_comes_back_with_its_queues(docker_image: str, tmp_path: Path) -> None:
     with local.rabbitmq(tmp_path, source=Source.DOCKER) as container:
         async with aiormq.connect(container.url) as connection:

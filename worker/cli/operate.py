@@ -280,10 +280,9 @@ def _examine_broker(loaded: Loaded) -> str:
 
 
 async def _examine_storage(settings: Settings) -> str:
-    from worker.app import build_store
-    from worker.metrics import Metrics
+    from worker.build import build_store
 
-    store = build_store(settings, Metrics(settings.rack).storage(settings.storage.backend))
+    store = build_store(settings)
     try:
         await store.probe()
     finally:

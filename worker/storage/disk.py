@@ -96,8 +96,7 @@ class DiskStore:
         loop = asyncio.get_running_loop()
         working: list[asyncio.Future[object]] = []
         try:
-            async for block in blocks(chunks, _BLOCK_BYTES):
-                expectation.admit(len(block))
+            async for block in blocks(chunks, _BLOCK_BYTES, expectation):
                 await _all(working)
                 working = [
                     loop.run_in_executor(self._hashers, expectation.update, block),

@@ -3,29 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from schemas.errors import ModelManagerError
 from schemas.ids import digest_of
-
-
-async def blocks(chunks: AsyncIterator[bytes], block_bytes: int) -> AsyncIterator[bytes | bytearray]:
-    """The bytes of `chunks` in blocks of exactly `block_bytes`, but the last. Holds one block."""
-    block = bytearray()
-    async for chunk in chunks:
-        if not block and len(chunk) == block_bytes:
-            yield chunk
-            continue
-        view = memoryview(chunk)
-        while view:
-            taken = view[: block_bytes - len(block)]
-            block += taken
-            view = view[len(taken) :]
-            if len(block) == block_bytes:
-                yield block
-                block = bytearray()
-    if block:
-        yield block
 
 
 class Expectation:
@@ -48,7 +29,7 @@ class Expectation:
         if self._size is not None and self.seen > self._size:
             raise self._wrong_size()
 
-    def update(self, block: bytes | bytearray) -> None:
+    def update(self, block: bytes) -> None:
         """Hash a block. For a thread: blocking, one call at a time, in order."""
         self._hash.update(block)
 
@@ -77,3 +58,23 @@ class Expectation:
             f"{self._size} bytes were declared, and there are {'more' if self.seen > (self._size or 0) else 'fewer'}.",
             expectedSize=self._size,
         )
+
+
+async def blocks(
+    chunks: AsyncIterator[bytes], block_bytes: int, expectation: Expectation
+) -> AsyncGenerator[bytes, None]:
+    """The bytes of `chunks`, admitted as they come, in blocks of exactly `block_bytes` but the last. Holds one block."""
+    pieces: list[bytes | memoryview] = []
+    room = block_bytes
+    async for chunk in chunks:
+        expectation.admit(len(chunk))
+        view = memoryview(chunk)
+        while len(view) >= room:
+            whole = not pieces and len(chunk) == block_bytes
+            yield chunk if whole else b"".join([*pieces, view[:room]])
+            pieces, view, room = [], view[room:], block_bytes
+        if view:
+            pieces.append(view)
+            room -= len(view)
+    if pieces:
+        yield b"".join(pieces)

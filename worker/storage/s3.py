@@ -91,8 +91,7 @@ class S3Store:
             part_size = part_size_for(max_size if size is None else size)
             upload = StreamUpload(self._calls, self._prefix + key, info, expectation, declared=(size, sha256))
             try:
-                async for block in blocks(chunks, part_size):
-                    expectation.admit(len(block))
+                async for block in blocks(chunks, part_size, expectation):
                     await upload.add(block)
                 stored = await upload.finish()
                 return StoredBlob(key, stored.size, stored.sha256)

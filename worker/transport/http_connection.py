@@ -1,8 +1,8 @@
 """One connection: what aiohttp leaves open below the handlers.
 
 It answers what is no valid request (aiohttp does so in plain text), ends headers that come too slowly, tells the reader
-of a body that it broke (aiohttp lets it wait), and closes so that the last reply is not lost: a socket closed with unread
-input is reset, and a reset may destroy what the client has not read yet.
+of a body that it broke (aiohttp lets it wait), and closes so that the last reply is not lost: a socket closed with
+unread input is reset, and a reset may destroy what the client has not read yet.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ LINGER_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """Seconds. `header_s`: from connect, or a request's first byte, to the end of its headers. `idle_s`: between requests.
+    """Seconds. `header_s`: from connect, or a request's first byte, to the end of its headers.
 
-    `linger_s`: for a client to read a refusal and close.
+    `idle_s`: between requests. `linger_s`: for a client to read a refusal and close.
     """
 
     header_s: float

@@ -1,8 +1,8 @@
 """The HTTP server: every route, the order of checks around each, and the life cycle.
 
 It is aiohttp's low-level server with a router of our own: `{model}` may hold a slash, a target is decoded once and
-never normalised, errors below the routes have the same envelope, and `100 Continue` is sent only when a handler wants the
-body. None of that can be had from aiohttp's `Application`.
+never normalised, errors below the routes have the same envelope, and `100 Continue` is sent only when a handler wants
+the body. None of that can be had from aiohttp's `Application`.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class HttpServer:
             response.force_close()
         try:
             await self._send(request, response)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the status has been sent
+        except Exception as error:
             if isinstance(error, ModelManagerError | OSError):
                 _log.info("http_reply_cut_off", route=route, reason=type(error).__name__)
             else:

@@ -38,11 +38,10 @@ from worker.journal import Entry
 from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore, DirectUploads, StoredBlob
+from worker.uploads.plan import Progress, advance, incomplete, part_count, planned_file
 
 _log = structlog.get_logger()
 _EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-
-Progress = Callable[[str, int], None]
 
 
 class UploadSessions:
@@ -144,7 +143,7 @@ class UploadSessions:
     ) -> dict[str, Any]:
         """Take the whole bytes of one file, on disk; verified against the declared size and sha256 on the way."""
         upload = self._open(upload_id)
-        planned = _planned(upload, path)
+        planned = planned_file(upload, path)
         if self._store.direct_uploads is not None and "multipart" in planned:
             raise ModelManagerError("ERR_CONFLICT", "This file goes to the object store in parts; see getUpload.")
         place = (upload_id, path)
@@ -198,7 +197,7 @@ class UploadSessions:
         files = []
         done = 0
         for planned in upload.files:
-            key = await self._verified_key(upload, planned, partial(_advance, progress, done))
+            key = await self._verified_key(upload, planned, partial(advance, progress, done))
             done += planned["size"]
             progress("bytes", done)
             files.append(
@@ -228,12 +227,12 @@ class UploadSessions:
             return planned["key"]
         direct = self._store.direct_uploads
         if "multipart" not in planned or direct is None:
-            raise _incomplete(planned["path"])
+            raise incomplete(planned["path"])
         await self._finish_parts(direct, planned)
         try:
             stored = await self._store.hash(planned["key"], progress)
         except BlobMissing:
-            raise _incomplete(planned["path"]) from None
+            raise incomplete(planned["path"]) from None
         if (stored.size, stored.sha256) != (planned["size"], planned["sha256"]):
             await self.expire(upload.id, "aborted")
             raise ModelManagerError(
@@ -247,15 +246,15 @@ class UploadSessions:
 
     async def _finish_parts(self, direct: DirectUploads, planned: PlannedFile) -> None:
         parts = await direct.parts(planned["key"], planned["multipart"])
-        count = _part_count(planned["size"], planned["partSize"])
+        count = part_count(planned["size"], planned["partSize"])
         missing = [number for number in range(1, count + 1) if number not in parts]
         if parts and missing:
-            raise _incomplete(planned["path"], missing)
+            raise incomplete(planned["path"], missing)
         try:
             await direct.complete(planned["key"], planned["multipart"], parts)
         except ModelManagerError:
             if not parts:
-                raise _incomplete(planned["path"], missing) from None
+                raise incomplete(planned["path"], missing) from None
             raise
 
     # --- the end ---
@@ -355,7 +354,7 @@ class UploadSessions:
         direct = self._store.direct_uploads
         if direct is not None and "multipart" in file:
             state["partSize"] = file["partSize"]
-            state["parts"] = _part_count(file["size"], file["partSize"])
+            state["parts"] = part_count(file["size"], file["partSize"])
             state["received"] = sorted(await direct.parts(file["key"], file["multipart"]))
         else:
             seconds = max(1, int(upload.expires / 1000 - time.time()))
@@ -364,11 +363,11 @@ class UploadSessions:
 
     async def _sign(self, upload: UploadEntry, path: str, parts: list[tuple[int, str]]) -> list[SignedPartUrl]:
         self._open(upload.id)
-        planned = _planned(upload, path)
+        planned = planned_file(upload, path)
         direct = self._store.direct_uploads
         if direct is None or "multipart" not in planned:
             raise ModelManagerError("ERR_CONFLICT", f"{path} has no parts to sign.", path=path)
-        count = _part_count(planned["size"], planned["partSize"])
+        count = part_count(planned["size"], planned["partSize"])
         urls: list[SignedPartUrl] = []
         for number, sha256 in parts:
             if number > count:
@@ -387,25 +386,3 @@ class UploadSessions:
 
     def _info(self, model_id: str, version: str) -> BlobInfo:
         return BlobInfo(format="", model=model_id, version=version, rack=self._policy.rack)
-
-
-def _advance(progress: Progress, before: int, seen: int) -> None:
-    progress("bytes", before + seen)
-
-
-def _planned(upload: UploadEntry, path: str) -> PlannedFile:
-    for file in upload.files:
-        if file["path"] == path:
-            return file
-    raise ModelManagerError("ERR_NOT_FOUND", f"The upload has no file {path}.", path=path)
-
-
-def _part_count(size: int, part_size: int) -> int:
-    return max(1, -(-size // part_size))
-
-
-def _incomplete(path: str, missing: list[int] | None = None) -> ModelManagerError:
-    details: dict[str, Any] = {"path": path}
-    if missing:
-        details["missingParts"] = missing[:100]
-    return ModelManagerError("ERR_CONFLICT", f"The bytes of {path} are not all there yet.", **details)
