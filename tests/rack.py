@@ -70,7 +70,7 @@ class LocalRack:
         return self
 
     async def close(self) -> None:
-        await self.service.jobs.stop()
+        await self.service.stop()
         await self.registry.close()
         await self.store.close()
 

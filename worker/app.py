@@ -336,7 +336,7 @@ class App:
             task.cancel()
         if self.amqp is not None:
             await self._step(self.amqp.drain(timeout))
-        await self._step(self.service.jobs.stop())
+        await self._step(self.service.stop())
         await self._step(self.http.stop(max(0.1, deadline - time.monotonic())))
         if self.amqp is not None:
             await self._step(self.amqp.close())

@@ -42,7 +42,7 @@ def refusal(service: Service, status: int) -> str:
     [
         ('{"nonsense": 1}', "nonsense", "no such setting"),
         ('{"http": {"prot": 1}}', "http.prot", "no such setting"),
-        ('{"registry": {"path": 5}}', "registry.path", "not a valid path"),
+        ('{"registry": {"path": 5}}', "registry.path", "valid string"),
         ('{"maxModelSize": "100 parsecs"}', "maxModelSize", "MiB"),
         ('{"limits": {"jobs": 0}}', "limits.jobs", "greater than or equal to 1"),
     ],

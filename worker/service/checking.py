@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -19,9 +18,8 @@ from worker.catalog.entries import VersionEntry
 from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.service.editing import update_record
-from worker.service.sources import StoredSource
+from worker.service.examining import Examining
 from worker.storage.blobstore import BlobMissing, BlobStore
-from worker.validation.registry import examine
 
 _log = structlog.get_logger()
 
@@ -31,11 +29,14 @@ Progress = Callable[[str, int], None]
 class Checking:
     """Reads stored bytes back, and records what is found."""
 
-    def __init__(self, registry: Registry, store: BlobStore, policy: Policy, cache: ModelCache) -> None:
+    def __init__(
+        self, registry: Registry, store: BlobStore, policy: Policy, cache: ModelCache, examining: Examining
+    ) -> None:
         self._registry = registry
         self._store = store
         self._policy = policy
         self._cache = cache
+        self._examining = examining
 
     async def validate(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Read every file back, compare size and sha256, run the format hooks; wrong bytes quarantine the version."""
@@ -51,9 +52,8 @@ class Checking:
             files.append(checked)
             findings += finding
         bytes_right = all(file["isValid"] for file in files)
-        if bytes_right and self._policy.check_formats:
-            sources = [(f["path"], StoredSource(self._store, f["key"], f["size"])) for f in entry.files]
-            findings += await asyncio.to_thread(examine, entry.type, sources, allow_pickle=self._policy.allow_pickle)
+        if bytes_right:
+            findings += await self._examining.findings(entry.type, self._examining.stored(entry.files))
         await self._record_state(entry, quarantined=not bytes_right)
         reply = ValidateReply(
             success=True,

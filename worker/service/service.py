@@ -18,6 +18,7 @@ from worker.readiness import Readiness
 from worker.registry import Registry
 from worker.service.checking import Checking
 from worker.service.editing import Editing
+from worker.service.examining import Examining
 from worker.service.reading import Reading
 from worker.service.storing import Storing
 from worker.storage.blobstore import BlobStore
@@ -45,9 +46,10 @@ class ModelService:
         self.uploads = UploadSessions(registry, store, policy, put_url)
         self.reading = Reading(registry, store, policy, cache, readiness, get_url)
         self._registry = registry
-        self._storing = Storing(registry, store, policy, cache, self.uploads)
+        self._examining = Examining(store, policy)
+        self._storing = Storing(registry, store, policy, cache, self.uploads, self._examining)
         editing = Editing(registry, policy, cache)
-        checking = Checking(registry, store, policy, cache)
+        checking = Checking(registry, store, policy, cache, self._examining)
         self.jobs = Jobs(
             registry,
             {
@@ -81,6 +83,11 @@ class ModelService:
             "cancelJob": self._cancel_job,
             "ping": reading.ping,
         }
+
+    async def stop(self) -> None:
+        """Stop the jobs, which go on at the next boot, and the threads."""
+        await self.jobs.stop()
+        self._examining.close()
 
     # --- jobs ---
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import contextlib
@@ -26,11 +25,10 @@ from worker.journal import Entry
 from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.replication.placement import place
-from worker.service.sources import StoredSource
+from worker.service.examining import Examining
 from worker.storage.blobstore import BlobInfo, BlobStore
 from worker.uploads.sessions import UploadSessions
-from worker.validation.registry import examine, refusal
-from worker.validation.source import BytesSource, Source
+from worker.validation.source import BytesSource
 
 _log = structlog.get_logger()
 
@@ -48,13 +46,20 @@ class Storing:
     """storeModel in its three forms, and the streaming upload of one file."""
 
     def __init__(
-        self, registry: Registry, store: BlobStore, policy: Policy, cache: ModelCache, uploads: UploadSessions
+        self,
+        registry: Registry,
+        store: BlobStore,
+        policy: Policy,
+        cache: ModelCache,
+        uploads: UploadSessions,
+        examining: Examining,
     ) -> None:
         self._registry = registry
         self._store = store
         self._policy = policy
         self._cache = cache
         self._uploads = uploads
+        self._examining = examining
 
     async def store_model(self, params: StoreModel, context: Context) -> StoreReply:
         self._policy.check_type(params.metadata.type)
@@ -62,8 +67,8 @@ class Storing:
             return await self._store_uploaded(params, context)
         inline = _decode(params, self._policy.max_inline_size)
         existing = self._existing(params.model_id, params.metadata, [(f.path, len(f.data), f.sha256) for f in inline])
-        if existing is None and self._policy.check_formats:
-            await self._examine(params.metadata.type, [(file.path, BytesSource(file.data)) for file in inline])
+        if existing is None:
+            await self._examining.refuse(params.metadata.type, [(file.path, BytesSource(file.data)) for file in inline])
         with self._pins() as pins:
             if existing is None:
                 files = [await self._put_inline(file, params, pins) for file in inline]
@@ -106,13 +111,12 @@ class Storing:
                 max_size=self._policy.max_model_size,
             )
             existing = self._existing(model_id, metadata, [(filename, stored.size, stored.sha256)])
-            if existing is None and self._policy.check_formats:
-                source = StoredSource(self._store, key, stored.size)
-                await self._examine(metadata.type, [(filename, source)])
+            file = _stored_file(filename, stored.size, stored.sha256, key)
+            if existing is None:
+                await self._examining.refuse(metadata.type, self._examining.stored([file]))
             known = self._registry.catalog.blobs.key_of(stored.sha256)
             if known is not None:
-                key = pins.new(known)
-            file = _stored_file(filename, stored.size, stored.sha256, key)
+                file["key"] = pins.new(known)
             reply = await self._commit(model_id, metadata, [file], context)
         if reply["created"]:
             self._cache.put(model_id, metadata.version, {}, self._peers(model_id, metadata.version))
@@ -130,9 +134,8 @@ class Storing:
             existing = self._existing(
                 params.model_id, params.metadata, [(file["path"], file["size"], file["sha256"]) for file in files]
             )
-            if existing is None and self._policy.check_formats:
-                sources = [(f["path"], StoredSource(self._store, f["key"], f["size"])) for f in files]
-                await self._examine(params.metadata.type, sources)
+            if existing is None:
+                await self._examining.refuse(params.metadata.type, self._examining.stored(files))
             reply = await self._commit(params.model_id, params.metadata, files, context, upload=upload.id)
         if reply["created"]:
             self._cache.put(
@@ -157,12 +160,6 @@ class Storing:
             max_size=self._policy.max_model_size,
         )
         return _stored_file(file.path, len(file.data), file.sha256, key)
-
-    async def _examine(self, model_type: str, files: Sequence[tuple[str, Source]]) -> None:
-        findings = await asyncio.to_thread(examine, model_type, files, allow_pickle=self._policy.allow_pickle)
-        error = refusal(findings)
-        if error is not None:
-            raise error
 
     # --- the commit ---
 

@@ -12,10 +12,10 @@ import errno
 import fcntl
 import hashlib
 import os
-import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -32,7 +32,9 @@ from worker.storage.blobstore import (
     StoreObserver,
     Usage,
 )
+from worker.storage.disk_files import NewFile, make_folder, open_blob, replace
 from worker.storage.hashing import Expectation, blocks
+from worker.storage.pending import Pending
 
 _T = TypeVar("_T")
 
@@ -78,40 +80,43 @@ class DiskStore:
     ) -> StoredBlob:
         with self._observed("put"):
             expectation = Expectation(size, sha256, max_size)
-            path = self._path(key)
-            file = await self._run(lambda: _create(path))
+            file, pending = NewFile(self._path(key)), Pending()
             try:
-                await self._fill(file, chunks, expectation)
+                await pending.result(self._submit(file.create))
+                await self._fill(file, chunks, expectation, pending)
                 digest = expectation.finish()
-                await self._run(lambda: _sync_and_close(file, path.parent))
+                await pending.result(self._submit(file.keep))
             except BaseException:
-                # Shielded: a cancelled caller must not leave the file behind.
-                await asyncio.shield(self._run(lambda: _discard(file, path)))
+                # Shielded: a caller that is cancelled again must not leave the file behind.
+                await asyncio.shield(self._discard(file, pending))
                 raise
             self._observe.bytes_moved("in", expectation.seen)
             return StoredBlob(key, expectation.seen, digest)
 
-    async def _fill(self, file: BinaryIO, chunks: AsyncIterator[bytes], expectation: Expectation) -> None:
+    async def _fill(
+        self, file: NewFile, chunks: AsyncIterator[bytes], expectation: Expectation, pending: Pending
+    ) -> None:
         """Read the next block while the one before is hashed and written."""
         loop = asyncio.get_running_loop()
-        working: list[asyncio.Future[object]] = []
-        try:
-            async for block in blocks(chunks, _BLOCK_BYTES, expectation):
-                await _all(working)
-                working = [
-                    loop.run_in_executor(self._hashers, expectation.update, block),
-                    loop.run_in_executor(self._threads, _write_all, file, block),
-                ]
-            await _all(working)
-        except OSError as error:
-            raise _translated(error) from error
-        finally:
-            await asyncio.gather(*working, return_exceptions=True)
+        working: list[asyncio.Future[None]] = []
+        async for block in blocks(chunks, _BLOCK_BYTES, expectation):
+            for call in working:
+                await pending.result(call)
+            working = [
+                pending.started(loop.run_in_executor(self._hashers, expectation.update, block)),
+                pending.started(self._submit(partial(file.write, block))),
+            ]
+        for call in working:
+            await pending.result(call)
+
+    async def _discard(self, file: NewFile, pending: Pending) -> None:
+        await pending.ended()
+        await self._run(file.discard)
 
     # --- bytes out ---
 
     async def read(self, key: str, start: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
-        file = await self._run(lambda: _open(self._path(key), key))
+        file = await self._run(lambda: open_blob(self._path(key), key))
         try:
             left = length
             offset = start
@@ -129,7 +134,7 @@ class DiskStore:
 
     async def read_at(self, key: str, offset: int, length: int) -> bytes:
         def read() -> bytes:
-            with _open(self._path(key), key) as file:
+            with open_blob(self._path(key), key) as file:
                 return os.pread(file.fileno(), length, offset)
 
         return await self._run(read)
@@ -148,7 +153,7 @@ class DiskStore:
 
         def work() -> StoredBlob:
             digest, seen, block = hashlib.sha256(), 0, memoryview(bytearray(_HASH_BLOCK_BYTES))
-            with _open(self._path(key), key) as file:
+            with open_blob(self._path(key), key) as file:
                 # Bytes that went bad on the disk are not seen through the page cache.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 while (count := file.readinto(block)) and not stop:  # type: ignore[attr-defined]
@@ -167,7 +172,7 @@ class DiskStore:
 
     async def stat(self, key: str) -> BlobStat:
         def work() -> BlobStat:
-            with _open(self._path(key), key) as file:
+            with open_blob(self._path(key), key) as file:
                 found = os.fstat(file.fileno())
             return BlobStat(key, found.st_size, found.st_mtime)
 
@@ -200,7 +205,7 @@ class DiskStore:
 
     async def usage(self) -> Usage:
         def work() -> Usage:
-            self._root.mkdir(parents=True, exist_ok=True)
+            make_folder(self._root)
             space = os.statvfs(self._root)
             return Usage(space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize)
 
@@ -209,7 +214,7 @@ class DiskStore:
     async def probe(self) -> None:
         def work() -> None:
             folder = self._root / "blobs"
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -226,20 +231,20 @@ class DiskStore:
     async def put_document(self, name: str, data: bytes, *, etag: str | None) -> Document:
         def work() -> Document:
             path = self._document_path(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with (self._root / ".documents.lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # the whole look-and-write is one step
                 current = _document(path.read_bytes()).etag if path.exists() else None
                 if current != etag:
                     raise ModelManagerError("ERR_CONFLICT", f"{name} is not as expected.")
-                _replace(path, data)
+                replace(path, data)
             return _document(data)
 
         return await self._run(work)
 
     async def close(self) -> None:
-        self._threads.shutdown(wait=True)
-        self._hashers.shutdown(wait=True)
+        for pool in (self._threads, self._hashers):
+            await asyncio.to_thread(pool.shutdown)
 
     def _path(self, key: str) -> Path:
         return self._root / key
@@ -247,11 +252,11 @@ class DiskStore:
     def _document_path(self, name: str) -> Path:
         return self._root / name
 
+    def _submit(self, work: Callable[[], _T]) -> asyncio.Future[_T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, _translating, work)
+
     async def _run(self, work: Callable[[], _T]) -> _T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        except OSError as error:
-            raise _translated(error) from error
+        return await self._submit(work)
 
     @contextlib.contextmanager
     def _observed(self, op: str) -> Iterator[None]:
@@ -275,65 +280,11 @@ def _translated(error: OSError) -> ModelManagerError:
     return ModelManagerError("ERR_STORAGE_UNAVAILABLE", f"The disk says: {reason}.")
 
 
-async def _all(futures: list[asyncio.Future[object]]) -> None:
-    for future in futures:
-        await future
-
-
-def _create(path: Path) -> BinaryIO:
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sync_folder(path.parent.parent)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0)
-
-
-def _write_all(file: BinaryIO, block: bytes | bytearray) -> None:
-    view = memoryview(block)
-    while view:
-        view = view[file.write(view) :]
-
-
-def _sync_and_close(file: BinaryIO, folder: Path) -> None:
-    os.fsync(file.fileno())
-    file.close()
-    _sync_folder(folder)
-
-
-def _discard(file: BinaryIO, path: Path) -> None:
-    file.close()
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-
-
-def _open(path: Path, key: str) -> BinaryIO:
+def _translating(work: Callable[[], _T]) -> _T:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise BlobMissing(key) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "A stored blob is not a regular file.")
-    return os.fdopen(descriptor, "rb", buffering=0)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return work()
+    except OSError as error:
+        raise _translated(error) from error
 
 
 def _document(data: bytes) -> Document:

@@ -6,9 +6,10 @@ broken `read` goes on at the byte where it broke.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
@@ -95,13 +96,16 @@ class RetryingStore:
 
     async def read(self, key: str, start: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
         seen = 0
-        retrying = attempts("read", self._observe, wait_max_s=self._wait_max_s)
-        async for attempt in retrying:
+        async for attempt in attempts("read", self._observe, wait_max_s=self._wait_max_s):
             with attempt:
                 left = None if length is None else length - seen
-                async for chunk in self._inner.read(key, start + seen, left):
-                    seen += len(chunk)
-                    yield chunk
+                # Closed by hand: the collector would free what the backend holds at some later time.
+                inner = self._inner.read(key, start + seen, left)
+                async with contextlib.aclosing(cast(AsyncGenerator[bytes, None], inner)) as chunks:
+                    async for chunk in chunks:
+                        seen += len(chunk)
+                        attempt.retry_state.attempt_number = 1  # only failures without progress count
+                        yield chunk
 
     async def read_at(self, key: str, offset: int, length: int) -> bytes:
         return await self._repeat("read_at", lambda: self._inner.read_at(key, offset, length))

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from schemas.errors import ModelManagerError
@@ -27,17 +27,10 @@ from worker.storage.blobstore import (
     Usage,
 )
 from worker.storage.hashing import Expectation, blocks
-from worker.storage.s3_client import S3Calls, make_client
+from worker.storage.s3_client import S3Calls, UploadGone, make_client
 from worker.storage.s3_layout import part_size_for
 from worker.storage.s3_stream import StreamUpload
 from worker.storage.s3_uploads import S3DirectUploads
-
-if TYPE_CHECKING:
-    pass
-
-_PARTS_AT_ONCE = 4
-_COPY_BYTES_MAX = 5 * 1024**3
-_COPY_PART_BYTES = 1024**3
 
 
 class S3Store:
@@ -95,8 +88,12 @@ class S3Store:
                     await upload.add(block)
                 stored = await upload.finish()
                 return StoredBlob(key, stored.size, stored.sha256)
-            except BaseException:
+            except BaseException as error:
                 await asyncio.shield(upload.discard())
+                if isinstance(error, UploadGone):
+                    raise ModelManagerError(
+                        "ERR_STORAGE_UNAVAILABLE", "The object store dropped the upload."
+                    ) from error
                 raise
 
     # --- bytes out ---
@@ -136,7 +133,10 @@ class S3Store:
                 data: bytes = body.read()
                 return data
 
-        return b"" if length == 0 else await self._calls.run(call, key=key)
+        if length == 0:
+            await self.stat(key)
+            return b""
+        return await self._calls.run(call, key=key)
 
     async def hash(self, key: str, progress: Callable[[int], None] | None = None) -> StoredBlob:
         loop = asyncio.get_running_loop()

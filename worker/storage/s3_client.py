@@ -54,7 +54,11 @@ class S3Calls:
 
     async def run(self, call: Callable[[], _T], *, key: str = "") -> _T:
         """Run a blocking call in a thread; errors are ours: BlobMissing, UploadGone or ModelManagerError."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._translated, call, key)
+        return await self.submit(call, key=key)
+
+    def submit(self, call: Callable[[], _T], *, key: str = "") -> asyncio.Future[_T]:
+        """`run` for who wants to know when the call has ended, even if nobody waits for it any more."""
+        return asyncio.get_running_loop().run_in_executor(self._threads, self._translated, call, key)
 
     def in_thread(self, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
         """Run work that is not a call to the store in a thread of its own pool, so that calls cannot starve it."""
@@ -107,8 +111,8 @@ class S3Calls:
             self.observe.operation(op, time.monotonic() - started, code)
 
     async def close(self) -> None:
-        self._threads.shutdown(wait=True)
-        self._workers.shutdown(wait=True)
+        for pool in (self._threads, self._workers):
+            await asyncio.to_thread(pool.shutdown)
         self.client.close()
 
 

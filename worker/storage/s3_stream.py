@@ -10,11 +10,15 @@ import asyncio
 import base64
 import contextlib
 import zlib
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from botocore.exceptions import BotoCoreError, ClientError
 
 from schemas.errors import ModelManagerError
 from worker.storage.blobstore import BlobInfo, BlobMissing, StoredBlob
 from worker.storage.hashing import Expectation
+from worker.storage.pending import Pending
 from worker.storage.retrying import attempts
 from worker.storage.s3_client import S3Calls, UploadGone
 from worker.storage.s3_layout import blob_metadata
@@ -22,11 +26,11 @@ from worker.storage.s3_layout import blob_metadata
 if TYPE_CHECKING:
     from types_boto3_s3.type_defs import CompletedPartTypeDef
 
+_T = TypeVar("_T")
+
 _PARTS_AT_ONCE = 4
 _COPY_BYTES_MAX = 5 * 1024**3
 _COPY_PART_BYTES = 1024**3
-
-Block = bytes | bytearray
 
 
 class StreamUpload:
@@ -46,28 +50,34 @@ class StreamUpload:
         self._info = info
         self._expectation = expectation
         self._declared = declared
-        self._first: Block | None = None
+        self._first: bytes | None = None
         self._id: str | None = None
         self._number = 0
         self._places = asyncio.Semaphore(_PARTS_AT_ONCE)
         self._tasks: list[asyncio.Task[CompletedPartTypeDef]] = []
         self._hashing: asyncio.Future[None] | None = None
+        self._pending = Pending()
+        # Whether there may be an object that this put made.
+        self._made = False
 
-    async def add(self, block: Block) -> None:
+    async def _call(self, call: Callable[[], _T]) -> _T:
+        return await self._pending.result(self._calls.submit(call, key=self._name))
+
+    async def add(self, block: bytes) -> None:
         """Take the next block; waits while enough parts are on their way."""
         if self._hashing is not None:
             await self._hashing
-        self._hashing = self._calls.in_thread(self._expectation.update, block)
+        self._hashing = self._pending.started(self._calls.in_thread(self._expectation.update, block))
         if self._number == 0 and self._first is None:
             self._first = block
             return
         if self._id is None:
-            self._id = await self._begin()
+            await self._begin()
             first, self._first = self._first, None
             await self._send(first or b"")
         await self._send(block)
 
-    async def _send(self, block: Block) -> None:
+    async def _send(self, block: bytes) -> None:
         await self._places.acquire()
         failed = next((task for task in self._tasks if task.done() and task.exception() is not None), None)
         if failed is not None:
@@ -84,7 +94,7 @@ class StreamUpload:
             await self._put_whole(self._first or b"", sha256)
             self._calls.observe.bytes_moved("in", size)
         else:
-            await self._complete([await task for task in self._tasks])
+            await self._complete([await task for task in self._tasks], sha256)
             if self._declared != (size, sha256):
                 await self._describe(size, sha256)
         return StoredBlob(self._name, size, sha256)
@@ -94,17 +104,57 @@ class StreamUpload:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        with contextlib.suppress(ModelManagerError):
+        await self._pending.ended()  # a call that is still on its way would else undo the removal
+        with contextlib.suppress(ModelManagerError, UploadGone):
             if self._id is not None:
-                await self._calls.run(self._remove)
+                await self._repeat("abort", self._abort)
+        with contextlib.suppress(ModelManagerError):
+            if self._made:
+                await self._repeat("delete", self._delete)
 
-    def _remove(self) -> None:
-        client, place = self._calls.client, {"Bucket": self._calls.bucket, "Key": self._name}
-        with contextlib.suppress(client.exceptions.NoSuchUpload):
-            client.abort_multipart_upload(Bucket=place["Bucket"], Key=place["Key"], UploadId=self._id or "")
-        client.delete_object(Bucket=place["Bucket"], Key=place["Key"])
+    def _abort(self) -> None:
+        self._calls.client.abort_multipart_upload(Bucket=self._calls.bucket, Key=self._name, UploadId=self._id or "")
 
-    async def _put_whole(self, data: Block, sha256: str) -> None:
+    def _delete(self) -> None:
+        self._calls.client.delete_object(Bucket=self._calls.bucket, Key=self._name)
+
+    async def _repeat(self, op: str, call: Callable[[], _T]) -> _T:
+        async for attempt in attempts(op, self._calls.observe):
+            with attempt:
+                return await self._call(call)
+        raise AssertionError("tenacity returns or raises")
+
+    async def _create(self, op: str, call: Callable[[], None], sha256: str) -> None:
+        """Create the object by `call`. One that is there already is ours if an attempt may have made it before."""
+        async for attempt in attempts(op, self._calls.observe):
+            with attempt:
+                try:
+                    await self._call(call)
+                except (UploadGone, ModelManagerError) as error:
+                    conflict = isinstance(error, ModelManagerError) and error.code == "ERR_CONFLICT"
+                    if not conflict and not isinstance(error, UploadGone):
+                        self._made = True  # as far as anyone knows
+                        raise
+                    if not self._made or not await self._is_ours(sha256):
+                        self._made = False
+                        raise (_used_twice() if conflict else error) from error
+                except asyncio.CancelledError:
+                    self._made = True
+                    raise
+                self._made = True
+
+    async def _is_ours(self, sha256: str) -> bool:
+        def call() -> bool:
+            head = self._calls.client.head_object(Bucket=self._calls.bucket, Key=self._name)
+            described = head["Metadata"].get("model-manager-sha256", sha256)
+            return head["ContentLength"] == self._expectation.seen and described == sha256
+
+        try:
+            return await self._call(call)
+        except BlobMissing:
+            return False
+
+    async def _put_whole(self, data: bytes, sha256: str) -> None:
         metadata = blob_metadata(self._info, size=len(data), sha256=sha256)
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
 
@@ -112,38 +162,30 @@ class StreamUpload:
             self._calls.client.put_object(
                 Bucket=self._calls.bucket,
                 Key=self._name,
-                Body=cast(bytes, data),
+                Body=data,
                 Metadata=metadata,
                 ChecksumSHA256=checksum,
                 IfNoneMatch="*",
             )
 
-        async for attempt in attempts("put", self._calls.observe):
-            with attempt:
-                try:
-                    await self._calls.run(call, key=self._name)
-                except ModelManagerError as error:
-                    if error.code != "ERR_CONFLICT":
-                        raise
-                    # Either our own earlier attempt, whose answer was lost, or a key that was used before.
-                    if attempt.retry_state.attempt_number == 1:
-                        raise _used_twice() from error
+        await self._create("put", call, sha256)
 
-    async def _begin(self) -> str:
+    async def _begin(self) -> None:
         size, sha256 = self._declared
         metadata = {} if size is None or sha256 is None else blob_metadata(self._info, size=size, sha256=sha256)
 
-        def call() -> str:
-            return self._calls.client.create_multipart_upload(
+        def call() -> None:
+            # Set here, in the thread: a put that is cancelled meanwhile has to know what to abort.
+            self._id = self._calls.client.create_multipart_upload(
                 Bucket=self._calls.bucket,
                 Key=self._name,
                 Metadata=metadata,
                 ChecksumAlgorithm="CRC32",
             )["UploadId"]
 
-        return await self._calls.run(call, key=self._name)
+        await self._call(call)
 
-    async def _part(self, number: int, block: Block) -> CompletedPartTypeDef:
+    async def _part(self, number: int, block: bytes) -> CompletedPartTypeDef:
         def call() -> CompletedPartTypeDef:
             crc = base64.b64encode(zlib.crc32(block).to_bytes(4, "big")).decode()
             done = self._calls.client.upload_part(
@@ -151,22 +193,19 @@ class StreamUpload:
                 Key=self._name,
                 UploadId=self._id or "",
                 PartNumber=number,
-                Body=cast(bytes, block),
+                Body=block,
                 ChecksumCRC32=crc,
             )
             return {"PartNumber": number, "ETag": done["ETag"], "ChecksumCRC32": crc}
 
         try:
-            async for attempt in attempts("put_part", self._calls.observe):
-                with attempt:
-                    part = await self._calls.run(call, key=self._name)
-                    self._calls.observe.bytes_moved("in", len(block))
-                    return part
+            part = await self._repeat("put_part", call)
+            self._calls.observe.bytes_moved("in", len(block))
+            return part
         finally:
             self._places.release()
-        raise AssertionError("tenacity returns or raises")
 
-    async def _complete(self, parts: list[CompletedPartTypeDef]) -> None:
+    async def _complete(self, parts: list[CompletedPartTypeDef], sha256: str) -> None:
         def call() -> None:
             self._calls.client.complete_multipart_upload(
                 Bucket=self._calls.bucket,
@@ -176,55 +215,47 @@ class StreamUpload:
                 IfNoneMatch="*",
             )
 
-        try:
-            await self._calls.run(call, key=self._name)
-        except (UploadGone, ModelManagerError) as error:
-            if isinstance(error, ModelManagerError) and error.code == "ERR_CONFLICT":
-                raise _used_twice() from error
-            if isinstance(error, ModelManagerError) and error.code != "ERR_STORAGE_UNAVAILABLE":
-                raise
-            try:  # the answer may have been lost after the work was done
-                if await self._calls.run(self._stored_size, key=self._name) != self._expectation.seen:
-                    raise ModelManagerError("ERR_STORAGE_UNAVAILABLE") from error
-            except BlobMissing:
-                raise ModelManagerError("ERR_STORAGE_UNAVAILABLE") from error
-
-    def _stored_size(self) -> int:
-        return self._calls.client.head_object(Bucket=self._calls.bucket, Key=self._name)["ContentLength"]
+        await self._create("complete", call, sha256)
 
     async def _describe(self, size: int, sha256: str) -> None:
         """Set the metadata of a blob whose digest was not known when it was begun: a copy onto itself."""
         source = {"Bucket": self._calls.bucket, "Key": self._name}
         metadata = blob_metadata(self._info, size=size, sha256=sha256)
-        if size > _COPY_BYTES_MAX:
-            await self._calls.run(lambda: self._copy_in_parts(source, metadata, size), key=self._name)
-            return
-        await self._calls.run(
-            lambda: self._calls.client.copy_object(
+
+        def call() -> None:
+            if size > _COPY_BYTES_MAX:
+                self._copy_in_parts(metadata, size)
+                return
+            self._calls.client.copy_object(
                 Bucket=source["Bucket"],
                 Key=source["Key"],
                 CopySource={"Bucket": source["Bucket"], "Key": source["Key"]},
                 Metadata=metadata,
                 MetadataDirective="REPLACE",
-            ),
-            key=self._name,
-        )
+            )
 
-    def _copy_in_parts(self, source: dict[str, str], metadata: dict[str, str], size: int) -> None:
-        client, bucket, key = self._calls.client, source["Bucket"], source["Key"]
+        await self._repeat("describe", call)
+
+    def _copy_in_parts(self, metadata: dict[str, str], size: int) -> None:
+        client, bucket, key = self._calls.client, self._calls.bucket, self._name
         upload = client.create_multipart_upload(Bucket=bucket, Key=key, Metadata=metadata)["UploadId"]
         parts: list[CompletedPartTypeDef] = []
-        for number, start in enumerate(range(0, size, _COPY_PART_BYTES), 1):
-            copied = client.upload_part_copy(
-                Bucket=bucket,
-                Key=key,
-                UploadId=upload,
-                PartNumber=number,
-                CopySource={"Bucket": bucket, "Key": key},
-                CopySourceRange=f"bytes={start}-{min(start + _COPY_PART_BYTES, size) - 1}",
-            )
-            parts.append({"PartNumber": number, "ETag": copied["CopyPartResult"]["ETag"]})
-        client.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
+        try:
+            for number, start in enumerate(range(0, size, _COPY_PART_BYTES), 1):
+                copied = client.upload_part_copy(
+                    Bucket=bucket,
+                    Key=key,
+                    UploadId=upload,
+                    PartNumber=number,
+                    CopySource={"Bucket": bucket, "Key": key},
+                    CopySourceRange=f"bytes={start}-{min(start + _COPY_PART_BYTES, size) - 1}",
+                )
+                parts.append({"PartNumber": number, "ETag": copied["CopyPartResult"]["ETag"]})
+            client.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
+        except BaseException:
+            with contextlib.suppress(BotoCoreError, ClientError):
+                client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+            raise
 
 
 def _used_twice() -> ModelManagerError:

@@ -1,0 +1,65 @@
+"""Running the format hooks: in threads of their own, so that a slow store holds up nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from schemas.findings import Finding
+from schemas.journal import StoredFile
+from worker.policy import Policy
+from worker.storage.blobstore import BlobStore
+from worker.validation.registry import examine, refusal
+from worker.validation.source import Source
+
+_THREADS = 4
+_READ_TIMEOUT_S = 60.0
+
+
+class Examining:
+    """What the bytes of a version are; does nothing where the policy does not look into files."""
+
+    def __init__(self, store: BlobStore, policy: Policy) -> None:
+        self._store = store
+        self._policy = policy
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="validation")
+
+    def stored(self, files: Iterable[StoredFile]) -> list[tuple[str, Source]]:
+        """Stored files, as the hooks read them."""
+        return [(file["path"], StoredSource(self._store, file["key"], file["size"])) for file in files]
+
+    async def findings(self, model_type: str, files: Sequence[tuple[str, Source]]) -> list[Finding]:
+        """What the hooks have to say."""
+        if not self._policy.check_formats:
+            return []
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: examine(model_type, files, allow_pickle=self._policy.allow_pickle)
+        )
+
+    async def refuse(self, model_type: str, files: Sequence[tuple[str, Source]]) -> None:
+        """Raise the error of a store whose files hold what must not be stored."""
+        error = refusal(await self.findings(model_type, files))
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class StoredSource:
+    """A stored blob, read from a thread. Made on the event loop."""
+
+    def __init__(self, store: BlobStore, key: str, size: int) -> None:
+        self._store = store
+        self._key = key
+        self._loop = asyncio.get_running_loop()
+        self.size = size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        reading = asyncio.run_coroutine_threadsafe(self._store.read_at(self._key, offset, length), self._loop)
+        data: bytes = reading.result(timeout=_READ_TIMEOUT_S)
+        return data
