@@ -60,7 +60,7 @@ class LocalRack:
         )
         self.clean_up = CleanUp(self.registry, self.store, self.service.uploads, period_s=0.05)
         self.metrics = Metrics("rack-1")
-        self.dispatcher = Dispatcher(self.service, self.registry, self.metrics, lookups=64, writes=16)
+        self.dispatcher = Dispatcher(self.service, self.registry, self.metrics, lookups=64, writes=16, transfers=16)
 
     def open(self) -> LocalRack:
         self.registry.open()

@@ -99,6 +99,7 @@ class App:
             self.metrics,
             lookups=settings.limits.lookups,
             writes=settings.limits.writes,
+            transfers=settings.limits.transfers,
         )
         self.clean_up = CleanUp(
             self.registry,

@@ -80,13 +80,21 @@ class Dispatcher:
     """Requests are refused before the registry is open, and writes while `draining`."""
 
     def __init__(
-        self, service: ModelService, registry: Registry, observe: RequestObserver, *, lookups: int, writes: int
+        self,
+        service: ModelService,
+        registry: Registry,
+        observe: RequestObserver,
+        *,
+        lookups: int,
+        writes: int,
+        transfers: int,
     ) -> None:
         self._service = service
         self._registry = registry
         self._observe = observe
         self._lanes = {"lookup": Lane("lookup", lookups), "write": Lane("write", writes)}
         self._changes = Lane("changes", _CHANGES_READERS)
+        self._transfers = Lane("transfer", transfers)
         self._running: dict[str, _Running] = {}
         self.draining = False
 
@@ -113,8 +121,13 @@ class Dispatcher:
 
     @contextlib.asynccontextmanager
     async def admit(self, method: str, context: Context) -> AsyncIterator[None]:
-        """For streams that do not go through `call`: the same lanes, deadline, counting and errors."""
-        async with self._observed(method, context), self._admitted(METHODS[method], context):
+        """For streams that do not go through `call`: the same deadline, counting and errors.
+
+        A stream that stores takes as long as its sender likes, so it has a lane of its own.
+        """
+        known = METHODS[method]
+        lane = self._transfers if known.lane == "write" else self._lanes["lookup"]
+        async with self._observed(method, context), self._admitted(known, context, lane):
             yield
 
     @contextlib.asynccontextmanager
@@ -140,12 +153,11 @@ class Dispatcher:
             _log.debug("request", op=method, code=code, ms=round(seconds * 1000, 2), transport=context.transport)
 
     @contextlib.asynccontextmanager
-    async def _admitted(self, method: Method, context: Context) -> AsyncIterator[None]:
+    async def _admitted(self, method: Method, context: Context, lane: Lane) -> AsyncIterator[None]:
         if self.draining and method.lane == "write":
             raise ModelManagerError("ERR_SHUTTING_DOWN")
         if not self._registry.opened:
             raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "The worker is starting: its registry is not open yet.")
-        lane = self._changes if method.name == "getChanges" else self._lanes[method.lane]
         token = deadline_of_request.set(context.deadline)
         try:
             remaining = None if context.deadline is None else context.deadline - time.monotonic()
@@ -159,7 +171,8 @@ class Dispatcher:
             deadline_of_request.reset(token)
 
     async def _run(self, method: Method, params: Wire, context: Context) -> dict[str, Any]:
-        async with self._admitted(method, context):
+        lane = self._changes if method.name == "getChanges" else self._lanes[method.lane]
+        async with self._admitted(method, context, lane):
             reply: dict[str, Any] = await self._service.handlers[method.name](params, context)
             return reply
 

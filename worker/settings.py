@@ -106,10 +106,11 @@ class TimeoutSettings(_Section):
 
 
 class LimitSettings(_Section):
-    """`lookups` and `writes` are the places in the two lanes; each has a waiting room of the same size, times four."""
+    """`lookups`, `writes` and `transfers` are places in lanes, each with a waiting room four times as large."""
 
     lookups: Annotated[int, Field(ge=1, le=10_000)] = 64
     writes: Annotated[int, Field(ge=1, le=10_000)] = 16
+    transfers: Annotated[int, Field(ge=1, le=10_000)] = 64
     jobs: Annotated[int, Field(ge=1, le=1000)] = 4
     prefetch: Annotated[int, Field(ge=1, le=65_535)] = 64
     undo_seconds: Annotated[float, Field(ge=0)] = 7 * 86_400

@@ -39,7 +39,8 @@ class Gate:
 def gated(rack: LocalRack, method: str, **lanes: int) -> tuple[Dispatcher, Gate]:
     gate = Gate()
     rack.service.handlers[method] = gate
-    return Dispatcher(rack.service, rack.registry, rack.metrics, **{"lookups": 4, "writes": 2, **lanes}), gate
+    places = {"lookups": 4, "writes": 2, "transfers": 2, **lanes}
+    return Dispatcher(rack.service, rack.registry, rack.metrics, **places), gate
 
 
 async def test_lookups_do_not_wait_behind_writes(rack: LocalRack) -> None:
@@ -119,3 +120,10 @@ async def test_every_request_is_counted_by_method_and_code(rack: LocalRack) -> N
     assert 'model_manager_rpc_requests_total{code="ok",op="ping"} 1.0' in text
     assert 'model_manager_rpc_requests_total{code="ERR_MODEL_NOT_FOUND",op="getModel"} 1.0' in text
     assert 'model_manager_rpc_requests_total{code="ERR_INVALID_REQUEST",op="getModel"} 1.0' in text
+
+
+async def test_slow_uploads_do_not_hold_up_other_writes(rack: LocalRack) -> None:
+    dispatcher, _ = gated(rack, "restoreModel", writes=1, transfers=2)
+    async with dispatcher.admit("storeModel", Context()), dispatcher.admit("storeModel", Context()):
+        params = {"modelId": "net", "metadata": {"type": "custom"}, "modelData": ""}
+        assert (await dispatcher.call("storeModel", params, Context()))["created"] is True

@@ -5,30 +5,29 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import aiohttp
 import pytest
 
 from deploy.local import ObjectStore
-from schemas.errors import ModelManagerError
-from schemas.ids import digest_of
+from schemas.ids import digest_of, new_ulid
 from tests.process import REAL_MODEL, Processes, Service, active_segment, s3_environment, wait_until
-from worker.client.client import ModelManagerClient
-from worker.client.http_caller import HttpCaller
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
 CALLERS = 8
 ROUNDS = 10
-FILE_BYTES = 40_000_000
-PART_SEEN_BYTES = 10_000_000
+FILE_BYTES = 30_000_000
+FEW_BYTES = 8_000_000  # of a push, when it is cut in the middle
 
 
 @pytest.fixture
@@ -40,45 +39,55 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 # --- in the middle of a push ---
 
 
+class Blobs(Protocol):
+    """A storage prefix as a bystander sees it."""
+
+    def keys(self) -> set[str]: ...
+
+    def add(self, key: str, data: bytes) -> None: ...
+
+    def brought(self, begun: dict[str, Any], before: set[str]) -> int:
+        """The bytes that came since the upload with the record `begun`; `before` are the keys of then."""
+
+
 @dataclass(frozen=True)
 class DiskBlobs:
-    """The bytes in the folder of the disk backend, as a bystander sees them."""
-
-    folder: Path
+    root: Path
 
     def keys(self) -> set[str]:
-        return {f"blobs/{path.name}" for path in (self.folder / "blobs").rglob("*") if path.is_file()}
+        return {f"blobs/{path.name}" for path in (self.root / "blobs").iterdir()}
 
-    def unfinished_bytes(self, known: set[str]) -> int:
-        """How much of a push that goes on is there."""
+    def add(self, key: str, data: bytes) -> None:
+        (self.root / key).write_bytes(data)
+
+    def brought(self, begun: dict[str, Any], before: set[str]) -> int:
         total = 0
-        for key in self.keys() - known:
+        for key in self.keys() - before:
             with suppress(FileNotFoundError):
-                total += next((self.folder / "blobs").rglob(key.removeprefix("blobs/"))).stat().st_size
+                total += (self.root / key).stat().st_size
         return total
 
 
 @dataclass(frozen=True)
 class S3Blobs:
-    """The bytes in the bucket, as a bystander sees them."""
-
     client: S3Client
     bucket: str
     prefix: str
 
     def keys(self) -> set[str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/blobs/")
-        found = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        return {key.removeprefix(f"{self.prefix}/") for key in found}
+        listing = self.client.list_objects_v2(Bucket=self.bucket, Prefix=f"{self.prefix}/blobs/")
+        return {entry["Key"].removeprefix(f"{self.prefix}/") for entry in listing.get("Contents", [])}
 
-    def unfinished_bytes(self, known: set[str]) -> int:
-        """How much of a push that goes on is there."""
-        uploads = self.client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", [])
-        return sum(self._bytes_of(upload["Key"], upload["UploadId"]) for upload in uploads)
+    def add(self, key: str, data: bytes) -> None:
+        self.client.put_object(Bucket=self.bucket, Key=f"{self.prefix}/{key}", Body=data)
 
-    def _bytes_of(self, key: str, upload_id: str) -> int:
-        parts = self.client.list_parts(Bucket=self.bucket, Key=key, UploadId=upload_id).get("Parts", [])
-        return sum(part["Size"] for part in parts)
+    def brought(self, begun: dict[str, Any], before: set[str]) -> int:
+        total = 0
+        for file in begun["files"]:
+            place = f"{self.prefix}/{file['key']}"
+            parts = self.client.list_parts(Bucket=self.bucket, Key=place, UploadId=file["multipart"])
+            total += sum(part["Size"] for part in parts.get("Parts", []))
+        return total
 
 
 @dataclass(frozen=True)
@@ -86,34 +95,27 @@ class Rack:
     """A rack that is started, killed and started again, and the client commands pointed at it."""
 
     processes: Processes
-    blobs: DiskBlobs | S3Blobs
+    blobs: Blobs
     settings: dict[str, object]
     secrets: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def over_amqp(self) -> bool:
-        return "amqp.url" in self.settings
-
     def start(self) -> Service:
-        service = self.processes.start(
-            "worker" if self.over_amqp else "serve", settings=self.settings, environment=self.secrets
-        )
-        return service.until_ready()
+        command: Any = "worker" if "amqp.url" in self.settings else "serve"
+        return self.processes.start(command, settings=self.settings, environment=self.secrets).until_ready()
 
     def address(self, service: Service) -> dict[str, str]:
-        if not self.over_amqp:
+        if "amqp.url" not in self.settings:
             return {"MODEL_MANAGER_URL": service.url}
-        return {
-            "MODEL_MANAGER_AMQP__URL": str(self.settings["amqp.url"]),
-            "MODEL_MANAGER_RACK": str(self.settings["rack"]),
-        }
+        amqp_url, rack = str(self.settings["amqp.url"]), str(self.settings["rack"])
+        return {"MODEL_MANAGER_AMQP__URL": amqp_url, "MODEL_MANAGER_RACK": rack}
 
     def run(self, service: Service, *words: str | Path) -> Any:
         return self.processes.run(*words, **self.address(service))
 
-    def journal_ends_with(self, text: bytes, since: int) -> bool:
-        """Whether `text` stands in the journal behind byte `since`."""
-        return text in self.journal()[since:]
+    def records(self, op: str) -> list[dict[str, Any]]:
+        """The records of one kind in the journal, as it is at this moment."""
+        lines = self.journal().split(b"\n")[:-1]
+        return [line["rec"] for line in map(json.loads, lines) if line["op"] == op]
 
     def journal(self) -> bytes:
         return active_segment(self.processes.folder / "data/registry").read_bytes()
@@ -121,4 +123,170 @@ class Rack:
 
 @pytest.fixture
 def disk_rack(processes: Processes) -> Rack:
-    return Rack(processes, DiskBlobs(processes.folder / "data/models"), {"http.port": free_port()})
+    return Rack(processes, DiskBlobs(processes.folder / "data/models"), {})
+
+
+@pytest.fixture
+def s3_rack(
+    processes: Processes, amqp_url: str, rack: str, object_store: ObjectStore, s3_client: S3Client, s3_bucket: str
+) -> Rack:
+    settings: dict[str, object] = {
+        "rack": rack,
+        "amqp.url": amqp_url,
+        "storage.backend": "s3",
+        "storage.s3.endpointUrl": object_store.endpoint_url,
+        "storage.s3.region": object_store.region,
+        "storage.s3.bucket": s3_bucket,
+    }
+    secrets = s3_environment(object_store.access_key, object_store.secret_key)
+    return Rack(processes, S3Blobs(s3_client, s3_bucket, rack), settings, secrets)
+
+
+def push_until(rack: Rack, service: Service, folder: Path, moment: str) -> None:
+    """Push `folder` as `second:1.0.0`, and kill the worker and the client when that `moment` has come."""
+    before, begun = rack.blobs.keys(), len(rack.records("upload.begin"))
+    jobs, ended = len(rack.records("job.begin")), len(rack.records("upload.end"))
+    pushing = rack.processes.command("push", folder, "second:1.0.0", "--type", "custom", **rack.address(service))
+
+    def has_come() -> bool:
+        assert pushing.poll() is None, "the push ended before it could be cut"
+        match moment:
+            case "after createUpload":
+                return len(rack.records("upload.begin")) > begun
+            case "in the middle of the parts":
+                uploads = rack.records("upload.begin")[begun:]
+                return bool(uploads) and rack.blobs.brought(uploads[0], before) > FEW_BYTES
+            case "during completeUpload":
+                return len(rack.records("job.begin")) > jobs
+            case _:
+                return len(rack.records("upload.end")) > ended
+
+    wait_until(has_come, moment)
+    service.kill()
+    pushing.kill()
+    pushing.wait()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("storage", ["disk", "s3"])
+def test_a_worker_killed_in_the_middle_of_a_push_keeps_the_first_model_and_shows_nothing_of_the_second(
+    storage: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    rack: Rack = request.getfixturevalue(f"{storage}_rack")
+    folder = tmp_path / "second"
+    folder.mkdir()
+    for name in ("a.bin", "b.bin"):
+        (folder / name).write_bytes(os.urandom(FILE_BYTES))
+    service = rack.start()
+    assert rack.run(service, "push", REAL_MODEL, "first:1.0.0")["created"] is True
+
+    for moment in ("after createUpload", "in the middle of the parts", "during completeUpload", "during storeModel"):
+        push_until(rack, service, folder, moment)
+        orphan = f"blobs/{new_ulid()}"
+        rack.blobs.add(orphan, b"bytes that were never recorded")
+        service = rack.start()
+        names = [entry["modelId"] for entry in service.get("/api/models")["models"]]
+        if moment == "during storeModel":
+            # The record may have been written before the signal came, or the request be delivered again.
+            assert set(names) <= {"first", "second"}
+        else:
+            assert names == ["first"], moment
+        journal = rack.journal().decode()
+        service.until(
+            lambda journal=journal: all(key in journal for key in rack.blobs.keys()),  # type: ignore[misc]
+            "the blobs that no record names are swept",
+        )
+
+    rack.run(service, "push", folder, "second:1.0.0", "--type", "custom")
+    listed = rack.run(service, "ls")["models"]
+    assert sorted(entry["modelId"] for entry in listed) == ["first", "second"]
+    for model, source in (("first", REAL_MODEL), ("second", folder)):
+        assert rack.run(service, "verify", f"{model}:1.0.0")["isValid"] is True
+        rack.run(service, "pull", f"{model}:1.0.0", tmp_path / f"pulled-{model}")
+        assert contents(tmp_path / f"pulled-{model}") == contents(source)
+    assert service.stop() == 0
+
+
+# --- under many small stores ---
+
+
+@dataclass
+class Ledger:
+    """What a worker acknowledged, kept outside of it: the checksum by model."""
+
+    checksums: dict[str, str] = field(default_factory=dict)
+    in_doubt: set[str] = field(default_factory=set)
+
+    async def store_until_killed(self, url: str, name: str) -> None:
+        """Store one model after the other until there is no answer any more."""
+        async with aiohttp.ClientSession() as session:
+            number = 0
+            while True:
+                number += 1
+                model, data = f"{name}-{number}", f"{name} {number}".encode() * 20
+                self.in_doubt.add(model)
+                request = {
+                    "modelId": model,
+                    "metadata": {"type": "custom"},
+                    "modelData": base64.b64encode(data).decode(),
+                }
+                try:
+                    async with session.post(f"{url}/api/models", json=request) as answer:
+                        reply = await answer.json()
+                        status = answer.status
+                except aiohttp.ClientError:
+                    return
+                assert status == 201, reply
+                assert reply["checksum"] == digest_of(hashlib.sha256(data).hexdigest())
+                self.in_doubt.remove(model)
+                self.checksums[model] = reply["checksum"]
+
+    async def verify(self, url: str, models: set[str]) -> None:
+        """Every acknowledged model is listed with its checksum, nothing else is, and the bytes of `models` are it."""
+        async with aiohttp.ClientSession() as session:
+            listed = await listing(session, url)
+            assert self.checksums.items() <= listed.items()
+            assert listed.keys() <= self.checksums.keys() | self.in_doubt
+            self.checksums, self.in_doubt = listed, set()
+            for model in models:
+                async with session.get(f"{url}/api/models/{model}/versions/1.0.0/content") as answer:
+                    assert digest_of(hashlib.sha256(await answer.read()).hexdigest()) == listed[model]
+
+
+async def listing(session: aiohttp.ClientSession, url: str) -> dict[str, str]:
+    """The checksum of every model."""
+    found: dict[str, str] = {}
+    query = {"limit": "1000"}
+    while True:
+        async with session.get(f"{url}/api/models", params=query) as answer:
+            page = await answer.json()
+        found |= {entry["modelId"]: entry["checksum"] for entry in page["models"]}
+        if "nextCursor" not in page:
+            return found
+        query["cursor"] = page["nextCursor"]
+
+
+async def test_every_acknowledged_store_survives_being_killed_at_random_moments(processes: Processes) -> None:
+    choose = random.Random(11)
+    ledger = Ledger()
+    service = processes.start().until_ready()
+    for round_number in range(ROUNDS):
+        before = set(ledger.checksums)
+        wanted = len(before) + choose.randint(1, 200)
+        async with asyncio.TaskGroup() as group:
+            callers = [
+                group.create_task(ledger.store_until_killed(service.url, f"r{round_number}-c{caller}"))
+                for caller in range(CALLERS)
+            ]
+            while len(ledger.checksums) < wanted and not any(caller.done() for caller in callers):
+                await asyncio.sleep(0.001)
+            service.process.kill()
+        service.kill()
+        acknowledged = set(ledger.checksums) - before
+        assert len(acknowledged) >= wanted - len(before)
+        service = processes.start().until_ready()
+        await ledger.verify(service.url, acknowledged)
+    assert service.stop() == 0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import aiormq
@@ -256,15 +257,20 @@ def test_make_run_outlives_its_worker_keeps_its_data_and_ends_in_order(rabbitmq:
         assert not processes_of(tmp_path)
 
 
-def make_run(folder: Path) -> subprocess.Popen[str]:
+@contextmanager
+def make_run(folder: Path) -> Iterator[subprocess.Popen[str]]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MODEL_MANAGER_", "LOCAL_"))}
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "deploy.local.run", "--storage", "disk"],
         cwd=folder,
         env={**env, "PYTHONPATH": str(ROOT), "DOCKER_HOST": "unix:///nonexistent"},
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as run:
+        try:
+            yield run
+        finally:
+            run.kill()
 
 
 def said(run: subprocess.Popen[str], *beginnings: str) -> str:

@@ -114,7 +114,8 @@ def route_for(method: str, params: Mapping[str, Any]) -> Route:
     if not routes:
         raise ModelManagerError("ERR_UNKNOWN_METHOD", f"{method} has no HTTP route.")
     fitting = [route for route in routes if all(PATH_PARAMETERS[name] in params for name in _variables(route.path))]
-    if any(isinstance(value, dict | list) for value in params.values()):
+    if any(value is None or isinstance(value, dict | list) for value in params.values()):
+        # A query carries plain values only.
         fitting = [route for route in fitting if route.verb not in ("GET", "DELETE")]
     if not fitting:
         needed = ", ".join(PATH_PARAMETERS[name] for name in _variables(routes[-1].path))

@@ -25,7 +25,6 @@ from worker.storage.blobstore import (
     READ_CHUNK_BYTES,
     UNOBSERVED,
     BlobInfo,
-    BlobMissing,
     BlobStat,
     Document,
     StoredBlob,

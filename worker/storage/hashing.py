@@ -63,7 +63,7 @@ class Expectation:
 async def blocks(
     chunks: AsyncIterator[bytes], block_bytes: int, expectation: Expectation
 ) -> AsyncGenerator[bytes, None]:
-    """The bytes of `chunks`, admitted as they come, in blocks of exactly `block_bytes` but the last. Holds one block."""
+    """The bytes of `chunks`, admitted as they come, in blocks of `block_bytes` but the last. Holds one block."""
     pieces: list[bytes | memoryview] = []
     room = block_bytes
     async for chunk in chunks:

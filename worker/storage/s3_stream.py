@@ -126,22 +126,30 @@ class StreamUpload:
 
     async def _create(self, op: str, call: Callable[[], None], sha256: str) -> None:
         """Create the object by `call`. One that is there already is ours if an attempt may have made it before."""
+
+        def making() -> None:
+            # Kept in the thread, which goes on when the put is cancelled. What is refused (4xx) makes nothing.
+            try:
+                call()
+            except ClientError as error:
+                self._made |= error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500
+                raise
+            except BaseException:
+                self._made = True
+                raise
+            self._made = True
+
         async for attempt in attempts(op, self._calls.observe):
             with attempt:
                 try:
-                    await self._call(call)
+                    await self._call(making)
                 except (UploadGone, ModelManagerError) as error:
                     conflict = isinstance(error, ModelManagerError) and error.code == "ERR_CONFLICT"
                     if not conflict and not isinstance(error, UploadGone):
-                        self._made = True  # as far as anyone knows
                         raise
                     if not self._made or not await self._is_ours(sha256):
                         self._made = False
                         raise (_used_twice() if conflict else error) from error
-                except asyncio.CancelledError:
-                    self._made = True
-                    raise
-                self._made = True
 
     async def _is_ours(self, sha256: str) -> bool:
         def call() -> bool:
