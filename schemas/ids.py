@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterable
 from typing import Annotated
+from unicodedata import normalize
 
 from pydantic import AfterValidator, StringConstraints
 
@@ -33,7 +34,7 @@ ULID_PATTERN = r"^[0-7][0-9A-HJKMNP-TV-Z]{25}$"
 # Second parts that an HTTP route uses itself, so that `/api/models/<name>/versions` stays unambiguous.
 RESERVED_SECOND_PARTS = frozenset({"versions", "aliases", "search", "restore"})
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")
 _model_id, _label = re.compile(MODEL_ID_PATTERN), re.compile(LABEL_PATTERN)
 
 
@@ -83,14 +84,19 @@ def check_paths(paths: Iterable[str]) -> None:
     seen: set[str] = set()
     folders: set[str] = set()
     for path in paths:
-        folded = path.casefold()
+        folded = _folded(path)
         if folded in seen:
-            raise ValueError(f"{path!r} occurs twice, ignoring case")
+            raise ValueError(f"{path!r} occurs twice, ignoring case and Unicode form")
         seen.add(folded)
         parts = folded.split("/")
         folders.update("/".join(parts[:i]) for i in range(1, len(parts)))
     if both := sorted(seen & folders):
         raise ValueError(f"{both[0]!r} is both a file and a folder")
+
+
+def _folded(path: str) -> str:
+    """The same for paths that some file system takes for one: those of macOS ignore case and composition."""
+    return normalize("NFC", normalize("NFD", path).casefold())
 
 
 ModelId = Annotated[str, StringConstraints(max_length=193), AfterValidator(check_model_id)]

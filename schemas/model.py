@@ -7,8 +7,18 @@ import mimetypes
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from schemas.ids import (
@@ -27,12 +37,26 @@ Revision = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
-def refuse_null(value: Any, nullable: frozenset[str], where: str = "") -> None:
-    """Raise ValueError for a member that is null though the contract lets it only be absent."""
+def refuse_null(value: Any, nullable: frozenset[str]) -> None:
+    """Raise ValidationError, at its place, for a member that is null though the contract lets it only be absent."""
     if isinstance(value, dict):
-        for key, member in value.items():
-            if member is None and key not in nullable:
-                raise ValueError(f"{where}{key} must not be null: leave it out")
+        nulls = [key for key, member in value.items() if member is None and key not in nullable]
+        if nulls:
+            kind = PydanticCustomError("null", "must not be null: leave it out")
+            raise ValidationError.from_exception_data(
+                "null", [{"type": kind, "loc": (key,), "input": None} for key in nulls]
+            )
+
+
+def check_padding(text: str) -> str:
+    """Return `text` if it has the padding of base64 (RFC 4648); the decoder passes over `=` in other places."""
+    digits = text.rstrip("=")
+    if "=" in digits or len(text) - len(digits) != -len(digits) % 4:
+        raise ValueError("not base64 (RFC 4648, padded)")
+    return text
+
+
+Base64 = Annotated[str, AfterValidator(check_padding)]
 
 
 class Wire(BaseModel):

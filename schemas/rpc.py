@@ -28,6 +28,7 @@ from schemas.ids import (
     check_paths,
 )
 from schemas.model import (
+    Base64,
     DeliveredFile,
     File,
     FreeObject,
@@ -66,7 +67,7 @@ class InlineFile(Wire):
     """A file inside the message. `data` is base64; its decoded size counts against `maxInlineSize`."""
 
     path: FilePath
-    data: str
+    data: Base64
     checksum: Digest | None = None
 
 
@@ -75,7 +76,7 @@ class StoreModel(Wire):
 
     model_id: ModelId
     metadata: Metadata
-    model_data: str | None = None
+    model_data: Base64 | None = None
     filename: FilePath | None = None
     checksum: Digest | None = None
     files: Annotated[list[InlineFile], Field(min_length=1, max_length=MAX_FILES)] | None = None

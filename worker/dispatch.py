@@ -30,6 +30,7 @@ from worker.service.service import ModelService
 _log = structlog.get_logger()
 
 _PROBLEMS_SHOWN = 10
+_PLACE_CHARACTERS = 64
 _WAITING_PER_PLACE = 4
 _CHANGES_READERS = 1000
 
@@ -226,12 +227,16 @@ def parse_params(method: Method, params: dict[str, Any]) -> Wire:
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         shown = [
-            {"path": ".".join(str(part) for part in problem["loc"]), "message": _reason(problem["msg"])}
+            {"path": _place(problem["loc"]), "message": _reason(problem["msg"])}
             for problem in problems[:_PROBLEMS_SHOWN]
         ]
         first = shown[0]
         message = f"{first['path']}: {first['message']}" if first["path"] else first["message"]
         raise ModelManagerError(_code(problems[0]["loc"]), message, errors=shown) from None
+
+
+def _place(parts: tuple[int | str, ...]) -> str:
+    return ".".join(str(part)[:_PLACE_CHARACTERS] for part in parts)  # an unknown field is as long as its sender likes
 
 
 def _reason(message: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ SUBJECTS: dict[str, Callable[[Bench], Iterator[Table]]] = {
 
 def main() -> int:
     options = _parse()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is ended
     began = time.monotonic()
     judged: list[tuple[str, Judged]] = []
     skipped: list[str] = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from schemas.errors import ERRORS
-from tests.bad_inputs import BAD_INPUTS, BadInput, b64, seed, storing
+from tests.bad_inputs import BAD_INPUTS, BadInput, seed, storing
 from tests.rack import LocalRack
 from worker.context import Context
 

@@ -31,7 +31,7 @@ from worker.storage.blobstore import BlobMissing, BlobStore
 from worker.storage.retrying import RetryingStore
 from worker.storage.s3_layout import PART_BYTES_MIN
 
-SOURCE_FAILURES = [RuntimeError("gone"), ConnectionResetError("gone"), TimeoutError("gone")]
+SOURCE_FAILURES = [RuntimeError("gone"), ConnectionResetError("gone")]
 
 
 @pytest.fixture
@@ -86,31 +86,16 @@ async def test_two_keys_are_never_the_same(store: BlobStore) -> None:
     assert all(key.startswith("blobs/") for key in made)
 
 
-@pytest.mark.parametrize(
-    ("start", "length"),
-    [
-        (0, None),
-        (0, 1),
-        (5, 10),
-        (MIB - 1, 2),
-        (2 * MIB, None),
-        (2 * MIB + 99, 1),
-        (2 * MIB + 99, 50),
-        (2 * MIB + 100, None),
-        (2 * MIB + 101, None),
-        (2 * MIB + 100, 5),
-        (7, 0),
-    ],
-)
-async def test_a_range_is_a_slice(store: BlobStore, start: int, length: int | None) -> None:
-    data = content(2 * MIB + 100)
+async def test_a_range_is_a_slice(store: BlobStore) -> None:
+    size = 2 * MIB + 100
+    data = content(size)
     key = (await put(store, data)).key
-    end = None if length is None else start + length
-    assert await read(store, key, start, length) == data[start:end]
-    assert (
-        await store.read_at(key, start, 64 if length is None else length)
-        == (data[start : start + (64 if length is None else length)])
-    )
+    for start in (0, 5, MIB - 1, 2 * MIB, size - 1, size, size + 1):
+        assert await read(store, key, start) == data[start:]
+        for length in (0, 1, 2, MIB + 1, size):
+            expected = data[start : start + length]
+            assert await read(store, key, start, length) == expected, (start, length)
+            assert await store.read_at(key, start, length) == expected, (start, length)
 
 
 async def test_one_chunk_may_be_larger_than_a_part(store: BlobStore) -> None:
@@ -180,18 +165,14 @@ async def test_many_puts_at_once_do_not_mix(store: BlobStore) -> None:
 
 
 @pytest.mark.parametrize("size", [1000, PART_BYTES_MIN + 1000], ids=["one-part", "two-parts"])
-@pytest.mark.parametrize(
-    ("by", "code"), [(-1, "ERR_CHECKSUM_MISMATCH"), (1, "ERR_CHECKSUM_MISMATCH")], ids=["more", "fewer"]
-)
-async def test_another_size_than_declared_is_refused(
-    store: BlobStore, place: Place, size: int, by: int, code: str
-) -> None:
+@pytest.mark.parametrize("by", [-1, 1], ids=["more", "fewer"])
+async def test_another_size_than_declared_is_refused(store: BlobStore, place: Place, size: int, by: int) -> None:
     key = store.new_key()
     with pytest.raises(ModelManagerError) as refused:
         await store.put(
             key, chunked(content(size)), info=INFO, size=size + by, sha256=None, max_size=2 * PART_BYTES_MIN
         )
-    assert refused.value.code == code
+    assert refused.value.code == "ERR_CHECKSUM_MISMATCH"
     assert refused.value.details["expectedSize"] == size + by
     assert place.traces(key) == []
 
@@ -225,16 +206,20 @@ async def test_a_put_over_the_limit_ends_at_the_first_byte_over(store: BlobStore
 
 
 async def test_a_declared_size_over_the_limit_is_refused_before_the_first_byte(store: BlobStore) -> None:
-    async def untouched() -> AsyncIterator[bytes]:
-        raise AssertionError("the stream was begun")
-        yield b""
+    begun = False
+
+    async def watched() -> AsyncIterator[bytes]:
+        nonlocal begun
+        begun = True
+        yield bytes(1001)
 
     with pytest.raises(ModelManagerError) as refused:
-        await store.put(store.new_key(), untouched(), info=INFO, size=1001, sha256=None, max_size=1000)
+        await store.put(store.new_key(), watched(), info=INFO, size=1001, sha256=None, max_size=1000)
     assert refused.value.code == "ERR_MODEL_TOO_LARGE"
+    assert not begun
 
 
-@pytest.mark.parametrize("size", [0, 1000, PART_BYTES_MIN * 2 + 1], ids=["at-once", "one-part", "three-parts"])
+@pytest.mark.parametrize("size", [0, PART_BYTES_MIN * 2 + 1], ids=["at-once", "three-parts"])
 @pytest.mark.parametrize("failure", SOURCE_FAILURES, ids=lambda error: type(error).__name__)
 async def test_an_exception_of_the_source_passes_through(
     store: BlobStore, place: Place, size: int, failure: Exception

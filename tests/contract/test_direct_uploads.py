@@ -73,14 +73,17 @@ def place(object_store: ObjectStore, s3_bucket: str, s3_client: S3Client, monkey
     return S3Place(object_store.endpoint_url, s3_bucket, s3_client)
 
 
-@pytest.fixture(params=["plain", "retrying"])
+@pytest.fixture
 async def caller(request: pytest.FixtureRequest, place: S3Place) -> AsyncIterator[Caller]:
     store = place.store()
     async with ClientSession() as session:
-        yield Caller(RetryingStore(store, wait_max_s=0.01) if request.param == "retrying" else store, session)
+        yield Caller(
+            RetryingStore(store, wait_max_s=0.01) if getattr(request, "param", "") == "retrying" else store, session
+        )
     await store.close()
 
 
+@pytest.mark.parametrize("caller", ["plain", "retrying"], indirect=True)
 async def test_parts_that_were_put_become_the_blob(caller: Caller, place: S3Place) -> None:
     plan = await caller.begin()
     assert (plan.part_size, plan.parts) == (PART_BYTES_MIN, 2)
@@ -156,6 +159,7 @@ async def test_completing_with_a_gap_is_a_conflict(caller: Caller, place: S3Plac
     assert (await caller.uploads.complete(caller.key, caller.id, parts)).size == len(DATA)
 
 
+@pytest.mark.parametrize("caller", ["plain", "retrying"], indirect=True)
 async def test_completing_with_a_part_that_never_arrived_is_a_conflict(caller: Caller) -> None:
     await caller.begin()
     assert await caller.send(1) == 200
@@ -167,6 +171,7 @@ async def test_completing_with_a_part_that_never_arrived_is_a_conflict(caller: C
     assert await caller.uploads.parts(caller.key, caller.id) == parts
 
 
+@pytest.mark.parametrize("caller", ["plain", "retrying"], indirect=True)
 async def test_completing_again_succeeds_again(caller: Caller) -> None:
     parts = await caller.send_all()
     first = await caller.uploads.complete(caller.key, caller.id, parts)
@@ -188,6 +193,7 @@ async def test_completing_under_a_key_of_another_blob_is_refused(caller: Caller)
     assert await read(caller.store, caller.key) == b"other bytes"
 
 
+@pytest.mark.parametrize("caller", ["plain", "retrying"], indirect=True)
 async def test_an_aborted_upload_takes_no_part_and_completes_no_blob(caller: Caller, place: S3Place) -> None:
     parts = await caller.send_all()
     await caller.uploads.abort(caller.key, caller.id)

@@ -42,7 +42,7 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 class Blobs(Protocol):
     """A storage prefix as a bystander sees it."""
 
-    def keys(self) -> set[str]: ...
+    def stored(self) -> set[str]: ...
 
     def add(self, key: str, data: bytes) -> None: ...
 
@@ -54,7 +54,7 @@ class Blobs(Protocol):
 class DiskBlobs:
     root: Path
 
-    def keys(self) -> set[str]:
+    def stored(self) -> set[str]:
         return {f"blobs/{path.name}" for path in (self.root / "blobs").iterdir()}
 
     def add(self, key: str, data: bytes) -> None:
@@ -62,7 +62,7 @@ class DiskBlobs:
 
     def brought(self, begun: dict[str, Any], before: set[str]) -> int:
         total = 0
-        for key in self.keys() - before:
+        for key in self.stored() - before:
             with suppress(FileNotFoundError):
                 total += (self.root / key).stat().st_size
         return total
@@ -74,7 +74,7 @@ class S3Blobs:
     bucket: str
     prefix: str
 
-    def keys(self) -> set[str]:
+    def stored(self) -> set[str]:
         listing = self.client.list_objects_v2(Bucket=self.bucket, Prefix=f"{self.prefix}/blobs/")
         return {entry["Key"].removeprefix(f"{self.prefix}/") for entry in listing.get("Contents", [])}
 
@@ -117,6 +117,11 @@ class Rack:
         lines = self.journal().split(b"\n")[:-1]
         return [line["rec"] for line in map(json.loads, lines) if line["op"] == op]
 
+    def keeps_only_what_is_recorded(self) -> bool:
+        """Whether the journal names every blob there is."""
+        journal = self.journal().decode()
+        return all(key in journal for key in self.blobs.stored())
+
     def journal(self) -> bytes:
         return active_segment(self.processes.folder / "data/registry").read_bytes()
 
@@ -144,7 +149,7 @@ def s3_rack(
 
 def push_until(rack: Rack, service: Service, folder: Path, moment: str) -> None:
     """Push `folder` as `second:1.0.0`, and kill the worker and the client when that `moment` has come."""
-    before, begun = rack.blobs.keys(), len(rack.records("upload.begin"))
+    before, begun = rack.blobs.stored(), len(rack.records("upload.begin"))
     jobs, ended = len(rack.records("job.begin")), len(rack.records("upload.end"))
     pushing = rack.processes.command("push", folder, "second:1.0.0", "--type", "custom", **rack.address(service))
 
@@ -165,6 +170,10 @@ def push_until(rack: Rack, service: Service, folder: Path, moment: str) -> None:
     service.kill()
     pushing.kill()
     pushing.wait()
+
+
+def listed(service: Service) -> list[str]:
+    return [entry["modelId"] for entry in service.get("/api/models")["models"]]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -188,23 +197,19 @@ def test_a_worker_killed_in_the_middle_of_a_push_keeps_the_first_model_and_shows
         orphan = f"blobs/{new_ulid()}"
         rack.blobs.add(orphan, b"bytes that were never recorded")
         service = rack.start()
-        names = [entry["modelId"] for entry in service.get("/api/models")["models"]]
+        names = listed(service)
         if moment == "during storeModel":
             # The record may have been written before the signal came, or the request be delivered again.
             assert set(names) <= {"first", "second"}
         else:
             assert names == ["first"], moment
-        journal = rack.journal().decode()
-        service.until(
-            lambda journal=journal: all(key in journal for key in rack.blobs.keys()),  # type: ignore[misc]
-            "the blobs that no record names are swept",
-        )
+        service.until(rack.keeps_only_what_is_recorded, "the blobs that no record names are swept")
 
     rack.run(service, "push", folder, "second:1.0.0", "--type", "custom")
-    listed = rack.run(service, "ls")["models"]
-    assert sorted(entry["modelId"] for entry in listed) == ["first", "second"]
+    assert sorted(listed(service)) == ["first", "second"]
     for model, source in (("first", REAL_MODEL), ("second", folder)):
-        assert rack.run(service, "verify", f"{model}:1.0.0")["isValid"] is True
+        validated = service.send("POST", f"/api/models/{model}/versions/1.0.0/validate", {"waitMs": 5000})
+        assert validated.json["isValid"] is True
         rack.run(service, "pull", f"{model}:1.0.0", tmp_path / f"pulled-{model}")
         assert contents(tmp_path / f"pulled-{model}") == contents(source)
     assert service.stop() == 0

@@ -239,22 +239,30 @@ def test_make_run_outlives_its_worker_keeps_its_data_and_ends_in_order(rabbitmq:
     if rabbitmq.source is not Source.NATIVE:
         pytest.skip(f"the broker here is no process of ours: {rabbitmq.why}")
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    for models in ("", "kept"):
-        with make_run(tmp_path) as run:
-            assert said(run, "ready", "the worker ended").startswith("local: ready")
-            shell = '. data/local/env && .venv/bin/model-manager "$@"'
-            listed = subprocess.run(["sh", "-c", shell, "sh", "ls"], cwd=tmp_path, capture_output=True, text=True)
-            assert models in listed.stdout
-            push = ["sh", "-c", shell, "sh", "push", "data/local/env", "kept", "--type", "custom", "--quiet"]
-            subprocess.run(push, cwd=tmp_path, check=True)
-            if not models:
-                worker_of(run).kill()
-                assert "exit status 137" in said(run, "the worker ended")
-                assert "model-manager worker --rack rack-1" in said(run, ".venv/bin/model-manager worker")
-                assert answers((tmp_path / "data/local/env").read_text().partition("AMQP__URL=")[2].split()[0])
-            run.send_signal(signal.SIGINT)
-            assert run.wait(DEADLINE_S) == 0
-        assert not processes_of(tmp_path)
+    with make_run(tmp_path) as run:
+        assert said(run, "ready", "the worker ended").startswith("local: ready")
+        client(tmp_path, "push", "data/local/env", "kept", "--type", "custom", "--quiet")
+        worker_of(run).kill()
+        assert "exit status 137" in said(run, "the worker ended")
+        assert "model-manager worker --rack rack-1" in said(run, ".venv/bin/model-manager worker")
+        assert answers((tmp_path / "data/local/env").read_text().partition("AMQP__URL=")[2].split()[0])
+        run.send_signal(signal.SIGINT)
+        assert run.wait(DEADLINE_S) == 0
+    assert not processes_of(tmp_path)
+
+    with make_run(tmp_path) as run:
+        assert said(run, "ready", "the worker ended").startswith("local: ready")
+        assert "kept" in client(tmp_path, "ls")
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(DEADLINE_S) == 0
+    assert not processes_of(tmp_path)
+
+
+def client(folder: Path, *arguments: str) -> str:
+    """Runs a client command as a person would, in a shell that read the file of addresses."""
+    script = '. data/local/env && .venv/bin/model-manager "$@"'
+    command = ["sh", "-c", script, "sh", *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 @contextmanager

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from schemas.errors import ERRORS
 from schemas.hints import HINT_TYPES
 from schemas.rpc import METHODS
+from worker.cli import app
 from worker.metrics import Metrics
 from worker.settings import known_keys
 
@@ -59,10 +59,8 @@ def test_every_metric_is_listed_and_every_listed_metric_exists() -> None:
 def test_every_command_exists() -> None:
     commands = set(re.findall(r"model-manager ((?:config|topology|journal) \w+|[a-z]+)\b", README))
     for command in sorted(commands):
-        shown = subprocess.run(
-            [sys.executable, "-m", "worker", *command.split(), "--help"], capture_output=True, text=True, cwd=ROOT
-        )
-        assert shown.returncode == 0, command
+        shown = CliRunner().invoke(app, [*command.split(), "--help"])
+        assert shown.exit_code == 0, command
 
 
 def test_every_make_target_exists() -> None:

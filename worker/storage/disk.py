@@ -274,8 +274,6 @@ def _translated(error: OSError) -> ModelManagerError:
     reason = error.strerror or type(error).__name__
     if error.errno in _FULL:
         return ModelManagerError("ERR_STORAGE_FULL")
-    if error.errno == errno.EEXIST:
-        return ModelManagerError("ERR_INTERNAL", "A storage key was used twice.")
     return ModelManagerError("ERR_STORAGE_UNAVAILABLE", f"The disk says: {reason}.")
 
 

@@ -20,10 +20,14 @@ class NewFile:
         self._file: BinaryIO | None = None
 
     def create(self) -> None:
-        """Raises FileExistsError, also for a symbolic link."""
+        """ERR_INTERNAL if there is something already, a symbolic link included."""
         make_folder(self._path.parent)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = os.fdopen(os.open(self._path, flags, 0o600), "wb", buffering=0)
+        try:
+            descriptor = os.open(self._path, flags, 0o600)
+        except FileExistsError:
+            raise ModelManagerError("ERR_INTERNAL", "A storage key was used twice.") from None
+        self._file = os.fdopen(descriptor, "wb", buffering=0)
 
     def write(self, block: bytes) -> None:
         assert self._file is not None

@@ -27,7 +27,7 @@ from worker.storage.blobstore import (
     Usage,
 )
 from worker.storage.hashing import Expectation, blocks
-from worker.storage.s3_client import S3Calls, UploadGone, make_client
+from worker.storage.s3_client import PartRefused, S3Calls, UploadGone, make_client
 from worker.storage.s3_layout import part_size_for
 from worker.storage.s3_stream import StreamUpload
 from worker.storage.s3_uploads import S3DirectUploads
@@ -90,7 +90,7 @@ class S3Store:
                 return StoredBlob(key, stored.size, stored.sha256)
             except BaseException as error:
                 await asyncio.shield(upload.discard())
-                if isinstance(error, UploadGone):
+                if isinstance(error, UploadGone | PartRefused):
                     raise ModelManagerError(
                         "ERR_STORAGE_UNAVAILABLE", "The object store dropped the upload."
                     ) from error

@@ -29,6 +29,7 @@ THREADS = 16
 _WORKERS = 8
 
 _MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
+_PARTS = frozenset({"InvalidPart", "InvalidPartOrder", "EntityTooSmall"})
 _CONDITION = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict"})
 _FULL = frozenset(
     {"XMinioStorageFull", "InsufficientStorage", "507", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded"}
@@ -38,6 +39,10 @@ _REFUSED = frozenset({"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoe
 
 class UploadGone(Exception):
     """The multipart upload is over, or never was."""
+
+
+class PartRefused(Exception):
+    """A multipart upload does not have a part that it is to be completed with."""
 
 
 class S3Calls:
@@ -53,7 +58,7 @@ class S3Calls:
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="sha256")
 
     async def run(self, call: Callable[[], _T], *, key: str = "") -> _T:
-        """Run a blocking call in a thread; errors are ours: BlobMissing, UploadGone or ModelManagerError."""
+        """Run a blocking call in a thread. Raises BlobMissing, UploadGone, PartRefused or ModelManagerError."""
         return await self.submit(call, key=key)
 
     def submit(self, call: Callable[[], _T], *, key: str = "") -> asyncio.Future[_T]:
@@ -85,6 +90,8 @@ class S3Calls:
             )
         if code == "NoSuchUpload":
             return UploadGone(key)
+        if code in _PARTS:
+            return PartRefused(key)
         if code in _MISSING:
             return BlobMissing(key)
         if code in _CONDITION:

@@ -6,12 +6,13 @@ Each part is signed with its length and sha256, so that the store itself refuses
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from schemas.errors import ModelManagerError
 from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStat, PartPlan, SignedPart, UploadedPart
-from worker.storage.s3_client import S3Calls, UploadGone
+from worker.storage.s3_client import PartRefused, S3Calls, UploadGone
 from worker.storage.s3_layout import blob_metadata, part_count, part_size_for
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class S3DirectUploads:
         if [part["PartNumber"] for part in chosen] != list(range(1, len(chosen) + 1)):
             raise ModelManagerError("ERR_CONFLICT", "A part is missing.")
         if not chosen:
-            return await self._stat_completed(key)
+            return await self._stat_completed(key, parts)
 
         def call() -> None:
             self._calls.client.complete_multipart_upload(
@@ -105,16 +106,26 @@ class S3DirectUploads:
         with self._calls.observed("complete_upload"):
             try:
                 await self._calls.run(call, key=key)
-            except (UploadGone, ModelManagerError) as error:
-                # An earlier call, or this one, may have succeeded without our seeing the answer.
-                if isinstance(error, ModelManagerError) and error.code != "ERR_STORAGE_UNAVAILABLE":
+            except PartRefused:
+                raise ModelManagerError("ERR_CONFLICT", "A part is missing.") from None
+            except UploadGone:
+                pass  # an earlier call may have succeeded, and its answer been lost
+            except ModelManagerError as error:
+                if error.code not in ("ERR_CONFLICT", "ERR_STORAGE_UNAVAILABLE"):
                     raise
-                return await self._stat_completed(key)
-        return await self._stat_completed(key)
+            return await self._stat_completed(key, parts)
 
-    async def _stat_completed(self, key: str) -> BlobStat:
+    async def _stat_completed(self, key: str, parts: Mapping[int, UploadedPart]) -> BlobStat:
+        """The blob that `parts` became; ERR_CONFLICT if there is none, or another."""
+        digests = b"".join(bytes.fromhex(part.sha256) for _, part in sorted(parts.items()))
+        composite = f"{base64.b64encode(hashlib.sha256(digests).digest()).decode()}-{len(parts)}"
+
         def call() -> BlobStat:
-            head = self._calls.client.head_object(Bucket=self._calls.bucket, Key=self._prefix + key)
+            head = self._calls.client.head_object(
+                Bucket=self._calls.bucket, Key=self._prefix + key, ChecksumMode="ENABLED"
+            )
+            if parts and head.get("ChecksumSHA256", composite) != composite:
+                raise BlobMissing(key)
             return BlobStat(key, head["ContentLength"], head["LastModified"].timestamp())
 
         try:

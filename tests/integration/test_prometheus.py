@@ -1,0 +1,126 @@
+"""What a real Prometheus makes of a real worker's /metrics, with the configuration that is shipped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.process import Processes, Service, free_port, wait_until
+
+SHIPPED = Path(__file__).parents[2] / "deploy/prometheus/prometheus.yml"
+SHIPPED_PORT = 8002
+INSTALL = "is not installed; `apt-get install prometheus` brings it"
+
+
+def program(name: str) -> str:
+    """The path of a program; without it the test is skipped."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} {INSTALL}")
+    return found
+
+
+def is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    with Processes(tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def service(processes: Processes) -> Service:
+    """A worker on the port that the shipped configuration names, if it is free, that has seen some traffic."""
+    port = SHIPPED_PORT if is_free(SHIPPED_PORT) else free_port()
+    service = processes.start(settings={"http.port": port}).until_ready()
+    assert service.put("acme/model", b"bytes").status == 201
+    assert service.send("GET", "/api/models/acme/model").status == 200
+    assert service.send("GET", "/api/models/acme/model/versions/1.0.0/content").status == 200
+    assert service.send("GET", "/api/models/nobody").status == 404
+    assert service.send("POST", "/api/models/acme/model/versions/1.0.0/validate").status == 200
+    assert service.send("DELETE", "/api/models/acme/model").status == 200
+    return service
+
+
+def test_the_metrics_of_a_worker_are_as_promtool_wants_them(service: Service) -> None:
+    promtool = program("promtool")
+    metrics = service.send("GET", "/metrics")
+    assert metrics.status == 200
+    checked = subprocess.run(
+        [promtool, "check", "metrics"], input=metrics.body, capture_output=True, timeout=60, check=False
+    )
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
+    assert b"model_manager_" in metrics.body
+
+
+def test_the_shipped_configuration_is_as_promtool_wants_it() -> None:
+    subprocess.run([program("promtool"), "check", "config", str(SHIPPED)], capture_output=True, timeout=60, check=True)
+
+
+def test_prometheus_with_the_shipped_configuration_sees_the_worker_up(service: Service, tmp_path: Path) -> None:
+    with Prometheus(program("prometheus"), tmp_path, urlsplit(service.url).netloc) as prometheus:
+        wait_until(lambda: prometheus.health() == "up", "the target is up")
+        [target] = prometheus.ask("targets")["activeTargets"]
+        assert target["scrapeUrl"] == f"{service.url}/metrics"
+        assert target["labels"]["job"] == "model-manager"
+        [up] = prometheus.ask("query?query=up")["result"]
+        assert up["value"][1] == "1"
+        seen = prometheus.ask("label/__name__/values")
+        assert any(name.startswith("model_manager_") for name in seen)
+
+
+class Prometheus:
+    """A server with the shipped configuration, in which only the address of the worker is another one."""
+
+    def __init__(self, program: str, folder: Path, target: str) -> None:
+        shipped = SHIPPED.read_text()
+        address = f"127.0.0.1:{SHIPPED_PORT}"
+        assert shipped.count(address) == 1
+        config = folder / "prometheus.yml"
+        config.write_text(shipped.replace(address, target))
+        self._url = f"http://127.0.0.1:{free_port()}"
+        self._log = folder / "prometheus-log"
+        self._command = [
+            program,
+            f"--config.file={config}",
+            f"--storage.tsdb.path={folder / 'tsdb'}",
+            f"--web.listen-address={urlsplit(self._url).netloc}",
+        ]
+
+    def __enter__(self) -> Prometheus:
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def ask(self, question: str) -> Any:
+        """The data of an answer of its HTTP API."""
+        with urllib.request.urlopen(f"{self._url}/api/v1/{question}", timeout=10) as answer:
+            return json.loads(answer.read())["data"]
+
+    def health(self) -> str:
+        """The health of the one target; it is `unknown` before the first scrape."""
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            targets = self.ask("targets")["activeTargets"]
+        except OSError:
+            return "unknown"
+        return str(targets[0]["health"]) if targets else "unknown"
