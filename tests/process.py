@@ -184,19 +184,6 @@ class Processes:
         log = self.folder / f"log-{len(self._running)}"
         return self._spawn([str(word) for word in words], log, environment)
 
-    def run(self, *words: str | Path, **environment: str) -> Any:
-        """Run a client command to its good end; the JSON it prints."""
-        done = subprocess.run(
-            [sys.executable, "-m", "worker", *map(str, words), "-o", "json"],
-            cwd=self.folder,
-            env={**_nobodys_environment(), **environment},
-            capture_output=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr.decode()
-        return json.loads(done.stdout)
-
     def _spawn(self, words: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         with log.open("wb") as output:
             process = subprocess.Popen(

@@ -101,7 +101,7 @@ class DiskPlace:
 
 @dataclass(frozen=True)
 class S3Place:
-    """The keys of the account are expected in the environment, as everywhere with S3."""
+    """The keys of the account are taken from the environment, as everywhere with S3."""
 
     endpoint_url: str
     bucket: str

@@ -2,7 +2,7 @@
 
 Boot: HTTP listens (not ready, saying why) -> registry locked, verified, replayed -> storage reachable and ours -> open
 for requests, jobs resumed -> broker. Drain: not ready, no new writes -> consumer cancelled, running requests finish ->
-HTTP transfers finish -> journal closed with its mark.
+HTTP transfers finish -> jobs left for the next boot -> journal closed with its mark.
 """
 
 from __future__ import annotations
@@ -337,8 +337,8 @@ class App:
             task.cancel()
         if self.amqp is not None:
             await self._step(self.amqp.drain(timeout))
-        await self._step(self.service.stop())
         await self._step(self.http.stop(max(0.1, deadline - time.monotonic())))
+        await self._step(self.service.stop())  # an upload that finishes is still looked into
         if self.amqp is not None:
             await self._step(self.amqp.close())
         await self._step(self.registry.close())

@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,10 +42,10 @@ class SettingsError(Exception):
 
 def parse_size(value: Any) -> Any:
     """Bytes from `"100GB"` (powers of 1000), `"64MiB"` (powers of 1024) or a number."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", value.strip())):
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?i?B?)", value.strip())):
         unit = _UNITS.get(match[2])
         if unit is not None:
-            return int(float(match[1]) * unit)
+            return int(Decimal(match[1]) * unit)
     if isinstance(value, str):
         raise ValueError("must be a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
     return value
@@ -335,13 +336,15 @@ def _unusable(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def read_secret(path: Path, key: str) -> str:
-    """The secret in a file, without the line end; SettingsError if it is absent, empty or readable by everyone."""
+    """The secret in a file, without the line end; SettingsError if there is none or everyone can read it."""
     try:
         if stat.S_IMODE(path.stat().st_mode) & stat.S_IROTH:
             raise SettingsError([f"{path} is readable by everyone: chmod 600 it"])
-        secret = path.read_text().strip()
+        secret = path.read_text("utf-8").strip()
     except OSError as error:
         raise SettingsError([f"{path} cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise SettingsError([f"{path} is not UTF-8 text"]) from None
     if not secret:
         raise SettingsError([f"{path} is empty ({key})"])
     return secret

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from tests.stores import (
     put,
     read,
     sha256,
-    zeros,
 )
 from worker.storage.blobstore import BlobMissing, BlobStore
 from worker.storage.retrying import RetryingStore
@@ -361,105 +359,3 @@ async def test_a_local_path_leads_to_the_bytes(store: BlobStore) -> None:
     path = store.local_path(key)
     assert (path is not None) == (store.backend == "disk")
     assert path is None or path.read_bytes() == b"bytes"
-
-
-# --- what S3 alone has ---
-
-
-@pytest.mark.parametrize("size", [0, 1000, PART_BYTES_MIN + 1], ids=["empty", "one-part", "two-parts"])
-@pytest.mark.parametrize("declared", [True, False], ids=["declared", "undeclared"])
-@pytest.mark.s3
-async def test_the_object_tells_what_it_is(s3_place: S3Place, size: int, declared: bool) -> None:
-    data, store = content(size), s3_place.store()
-    stored = await store.put(
-        store.new_key(),
-        chunked(data),
-        info=INFO,
-        size=size if declared else None,
-        sha256=sha256(data) if declared else None,
-        max_size=2 * PART_BYTES_MIN,
-    )
-    assert s3_place.metadata(stored.key) == {
-        "model-manager-sha256": sha256(data),
-        "model-manager-size": str(size),
-        "model-manager-format": "onnx",
-        "model-manager-model": "vision/m%C3%BCller",
-        "model-manager-version": "1.0.0",
-        "model-manager-rack": "r1",
-    }
-    assert await read(store, stored.key) == data
-    await store.close()
-
-
-@pytest.mark.s3
-async def test_the_probe_names_a_bucket_that_is_not_there(s3_place: S3Place) -> None:
-    store = S3Place(s3_place.endpoint_url, "no-such-bucket-here", s3_place.client).store()
-    with pytest.raises(ModelManagerError) as refused:
-        await store.probe()
-    assert refused.value.code == "ERR_STORAGE_UNAVAILABLE"
-    assert refused.value.details == {"bucket": "no-such-bucket-here"}
-    await store.close()
-
-
-# --- bounds ---
-
-CHILD = """
-import asyncio, pathlib, sys
-from tests.stores import INFO, MIB, zeros
-from worker.storage.disk import DiskStore
-from worker.storage.s3 import S3Store
-
-async def main(kind, *where):
-    store = DiskStore(pathlib.Path(where[0])) if kind == "disk" else S3Store(
-        endpoint_url=where[0], bucket=where[1], prefix="racks/r1"
-    )
-    stored = await store.put(
-        store.new_key(), zeros(400 * MIB, 64 * 1024), info=INFO, size=None, sha256=None, max_size=500 * MIB
-    )
-    assert await store.hash(stored.key) == stored
-    async for _ in store.read(stored.key):
-        pass
-    await store.delete(stored.key)
-    await store.close()
-    status = pathlib.Path("/proc/self/status").read_text()
-    print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-
-asyncio.run(main(*sys.argv[1:]))
-"""
-
-
-async def peak_kib(*where: str) -> int:
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", CHILD, *where, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2]
-    )
-    out, _ = await child.communicate()
-    assert child.returncode == 0
-    return int(out)
-
-
-async def test_a_large_blob_on_disk_takes_little_memory(tmp_path: Path) -> None:
-    assert await peak_kib("disk", str(tmp_path)) < 200 * 1024
-
-
-@pytest.mark.s3
-async def test_a_large_blob_on_s3_takes_little_memory(s3_place: S3Place) -> None:
-    assert await peak_kib("s3", s3_place.endpoint_url, s3_place.bucket) < 200 * 1024
-
-
-@pytest.mark.parametrize("place", ["disk", pytest.param("s3", marks=pytest.mark.s3)], indirect=True)
-async def test_nothing_blocks_the_event_loop(place: Place) -> None:
-    loop, store, worst = asyncio.get_running_loop(), place.store(), 0.0
-
-    async def watch() -> None:
-        nonlocal worst
-        while True:
-            before = loop.time()
-            await asyncio.sleep(0.005)
-            worst = max(worst, loop.time() - before - 0.005)
-
-    watching = asyncio.create_task(watch())
-    stored = await store.put(store.new_key(), zeros(200 * MIB), info=INFO, size=None, sha256=None, max_size=200 * MIB)
-    await store.hash(stored.key)
-    await store.close()
-    watching.cancel()
-    assert worst < 0.1

@@ -61,7 +61,7 @@ def answer(tmp_path: Path) -> Iterator[Answer]:
         run(rack.close())
 
 
-def fuzzed(examples: int) -> Any:
+def fuzzed(examples: int) -> settings:
     return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

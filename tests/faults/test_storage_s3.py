@@ -40,6 +40,7 @@ class Proxy:
     loses: Callable[[bytes], bool] = lambda request: False
     cuts: int = 0
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -49,18 +50,20 @@ class Proxy:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.close()
+        await asyncio.gather(*self._tasks)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self._writers.add(writer)
         where = urlsplit(self.target)
         with suppress(OSError):
             store_reader, store_writer = await asyncio.open_connection(where.hostname, where.port)
             lost = asyncio.Event()
+            self._writers.add(store_writer)
             sending = asyncio.create_task(self._send(reader, store_writer, lost))
             with suppress(OSError):
                 await self._answer(store_reader, writer, lost)

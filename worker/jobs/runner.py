@@ -26,6 +26,8 @@ _log = structlog.get_logger()
 Progress = Callable[[str, int], None]
 Body = Callable[[dict[str, Any], Progress], Awaitable[dict[str, Any]]]
 
+_LAST_PROGRESS_KEPT = 1000
+
 
 class Jobs:
     """Runs the bodies, at most `places` at once."""
@@ -36,6 +38,7 @@ class Jobs:
         self._places = asyncio.Semaphore(places)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._progress: dict[str, dict[str, int]] = {}
+        self._last_progress: dict[str, dict[str, int]] = {}  # of jobs that ended, for those who ask just then
 
     async def begin(self, method: str, params: dict[str, Any], context: Context) -> str:
         """Record a job and start it; its id. `params` are the request's, as JSON."""
@@ -77,7 +80,7 @@ class Jobs:
             "jobId": job.id,
             "method": job.method,
             "state": self._state(job),
-            "progress": self._progress.get(job_id, {}),
+            "progress": self._progress.get(job_id) or self._last_progress.get(job_id, {}),
         }
         if job.result is not None:
             status["result"] = job.result
@@ -154,7 +157,9 @@ class Jobs:
             return None if self._entry(end["job"]).ended else Change("job.end", end)
 
         await self._registry.transact(end["job"], decide)
-        self._progress.pop(end["job"], None)
+        self._last_progress[end["job"]] = self._progress.pop(end["job"], {})
+        if len(self._last_progress) > _LAST_PROGRESS_KEPT:
+            del self._last_progress[next(iter(self._last_progress))]
 
 
 def _error_of(job: JobEntry) -> ModelManagerError:

@@ -1,6 +1,6 @@
-"""boto3, driven from bounded threads, with its errors in our words.
+"""botocore, driven from bounded threads, with its errors in our words.
 
-Retries are not botocore's (one attempt a call): tenacity owns the policy, else attempts multiply.
+Retries are not its own (one attempt a call): tenacity owns the policy, else attempts multiply.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.loaders import Loader
+from botocore.session import Session
 from urllib3.exceptions import HTTPError
 
 from schemas.errors import ModelManagerError
@@ -27,6 +28,7 @@ _T = TypeVar("_T")
 
 THREADS = 16
 _WORKERS = 8
+_MODELS = Loader()  # keeps the description of the service, which takes 0.1 s to parse
 
 _MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
 _PARTS = frozenset({"InvalidPart", "InvalidPartOrder", "EntityTooSmall"})
@@ -136,4 +138,10 @@ def make_client(endpoint_url: str | None, region: str | None, timeout_s: float) 
         "response_checksum_validation": "when_required",
         "user_agent_extra": "wrk-model-manager",
     }
-    return boto3.client("s3", endpoint_url=endpoint_url, region_name=region or "us-east-1", config=Config(**config))
+    # boto3's default session would keep, for the whole process, the keys that it saw first.
+    session = Session()
+    session.register_component("data_loader", _MODELS)
+    client = session.create_client(
+        "s3", endpoint_url=endpoint_url, region_name=region or "us-east-1", config=Config(**config)
+    )
+    return cast("S3Client", client)

@@ -1,0 +1,135 @@
+"""What a blob store tells of a blob on S3, how little memory it takes, and that it never holds up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.local import ObjectStore
+from schemas.errors import ModelManagerError
+from tests.stores import INFO, MIB, DiskPlace, Place, S3Place, chunked, content, read, sha256, zeros
+from worker.storage.s3_layout import PART_BYTES_MIN
+
+
+@pytest.fixture
+def s3_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S3Place:
+    service: ObjectStore = request.getfixturevalue("object_store")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", service.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", service.secret_key)
+    return S3Place(service.endpoint_url, request.getfixturevalue("s3_bucket"), request.getfixturevalue("s3_client"))
+
+
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "disk":
+        return DiskPlace(tmp_path / "storage")
+    found: S3Place = request.getfixturevalue("s3_place")
+    return found
+
+
+@pytest.mark.parametrize("size", [0, 1000, PART_BYTES_MIN + 1], ids=["empty", "one-part", "two-parts"])
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "undeclared"])
+@pytest.mark.s3
+async def test_the_object_tells_what_it_is(s3_place: S3Place, size: int, declared: bool) -> None:
+    data, store = content(size), s3_place.store()
+    stored = await store.put(
+        store.new_key(),
+        chunked(data),
+        info=INFO,
+        size=size if declared else None,
+        sha256=sha256(data) if declared else None,
+        max_size=2 * PART_BYTES_MIN,
+    )
+    assert s3_place.metadata(stored.key) == {
+        "model-manager-sha256": sha256(data),
+        "model-manager-size": str(size),
+        "model-manager-format": "onnx",
+        "model-manager-model": "vision/m%C3%BCller",
+        "model-manager-version": "1.0.0",
+        "model-manager-rack": "r1",
+    }
+    assert await read(store, stored.key) == data
+    await store.close()
+
+
+@pytest.mark.s3
+async def test_the_probe_names_a_bucket_that_is_not_there(s3_place: S3Place) -> None:
+    store = S3Place(s3_place.endpoint_url, "no-such-bucket-here", s3_place.client).store()
+    with pytest.raises(ModelManagerError) as refused:
+        await store.probe()
+    assert refused.value.code == "ERR_STORAGE_UNAVAILABLE"
+    assert refused.value.details == {"bucket": "no-such-bucket-here"}
+    await store.close()
+
+
+# --- bounds ---
+
+CHILD = """
+import asyncio, pathlib, sys
+from tests.stores import INFO, MIB, zeros
+from worker.storage.disk import DiskStore
+from worker.storage.s3 import S3Store
+
+async def main(kind, *where):
+    store = DiskStore(pathlib.Path(where[0])) if kind == "disk" else S3Store(
+        endpoint_url=where[0], bucket=where[1], prefix="racks/r1"
+    )
+    stored = await store.put(
+        store.new_key(), zeros(400 * MIB, 64 * 1024), info=INFO, size=None, sha256=None, max_size=500 * MIB
+    )
+    assert await store.hash(stored.key) == stored
+    async for _ in store.read(stored.key):
+        pass
+    await store.delete(stored.key)
+    await store.close()
+    status = pathlib.Path("/proc/self/status").read_text()
+    print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def peak_kib(*where: str) -> int:
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", CHILD, *where, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    out, _ = await child.communicate()
+    assert child.returncode == 0
+    return int(out)
+
+
+async def test_a_large_blob_on_disk_takes_little_memory(tmp_path: Path) -> None:
+    assert await peak_kib("disk", str(tmp_path)) < 200 * 1024
+
+
+@pytest.mark.s3
+async def test_a_large_blob_on_s3_takes_little_memory(s3_place: S3Place) -> None:
+    assert await peak_kib("s3", s3_place.endpoint_url, s3_place.bucket) < 200 * 1024
+
+
+async def test_nothing_blocks_the_event_loop(place: Place) -> None:
+    """The best of three: a busy machine delays one of them now and then, a call that blocks delays each."""
+    assert min([await worst_delay(place) for _ in range(3)]) < 0.1
+
+
+async def worst_delay(place: Place) -> float:
+    """The longest that the loop kept a timer waiting, in seconds, while 200 MiB went in and were hashed."""
+    loop, store, worst = asyncio.get_running_loop(), place.store(), 0.0
+
+    async def watch() -> None:
+        nonlocal worst
+        while True:
+            due = loop.time() + 0.005
+            await asyncio.sleep(0.005)
+            worst = max(worst, loop.time() - due)
+
+    watching = asyncio.create_task(watch())
+    stored = await store.put(store.new_key(), zeros(200 * MIB), info=INFO, size=None, sha256=None, max_size=200 * MIB)
+    await store.hash(stored.key)
+    await store.delete(stored.key)
+    await store.close()
+    watching.cancel()
+    return worst
