@@ -2,6 +2,7 @@
 
 RACK ?= rack-1
 STORAGE ?= s3
+JOBS ?= 3
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
@@ -18,7 +19,7 @@ serve: .venv/.synced ## Start the standalone HTTP service: no broker, models in 
 	@exec .venv/bin/model-manager serve
 
 test: .venv/.synced ## Run all tests, against a real RabbitMQ and a real S3 store
-	@exec $(PYTHON) -m pytest
+	@exec $(PYTHON) -m pytest -n $(JOBS) --dist loadfile
 
 test-docker: .venv/.synced ## Run the tests that need services against containers (OBJECT_STORE_IMAGE=... for S3)
 	@LOCAL_SERVICES=docker exec $(PYTHON) -m pytest -m 'broker or s3 or docker'

@@ -319,8 +319,21 @@ STORY: tuple[Example, ...] = (
         {},
         {
             "success": True,
-            "storage": {"backend": "disk", "blobs": 2, "blobBytes": _BOTH_SIZE, "freeBytes": 52_000_000_000},
-            "registry": {"models": 1, "versions": 2, "bytes": len(WEIGHTS) + _BOTH_SIZE, "epoch": 1, "sequence": 9},
+            "storage": {
+                "backend": "disk",
+                "blobs": 2,
+                "blobBytes": _BOTH_SIZE,
+                "freeBytes": 52_000_000_000,
+                "totalBytes": 100_000_000_000,
+            },
+            "registry": {
+                "models": 1,
+                "versions": 2,
+                "bytes": len(WEIGHTS) + _BOTH_SIZE,
+                "deleted": 0,
+                "epoch": 1,
+                "sequence": 9,
+            },
             "cache": {"entries": 1, "bytes": len(WEIGHTS), "hits": 3, "misses": 1},
             "replication": {"factor": 1, "peers": []},
         },

@@ -277,6 +277,7 @@ INTEGER_PARAMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 CRITERIA: dict[str, Any] = {
+    "a type that is null": {"type": None},
     "tags that are a text": {"tags": "prod"},
     "tags that are numbers": {"tags": [1]},
     "tags that are null": {"tags": None},

@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
 import pytest
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SOURCE = Source(os.environ.get("LOCAL_SERVICES", Source.AUTO))
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+_NOT_ASKED = "not asked for by the tests that were selected"
 LANES = pytest.StashKey[dict[str, str]]()
 MARKS = {
     "broker": {"rabbitmq", "amqp_url"},
@@ -39,7 +40,7 @@ Service = TypeVar("Service", RabbitMQ, ObjectStore)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LANES] = dict.fromkeys(MARKS, "not asked for by the tests that were selected")
+    config.stash[LANES] = dict.fromkeys(MARKS, _NOT_ASKED)
 
 
 def pytest_sessionstart() -> None:
@@ -55,6 +56,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark, fixtures in MARKS.items():
             if fixtures & set(getattr(item, "fixturenames", ())):
                 item.add_marker(mark)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist has services of its own, and tells the session that reports of them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["lanes"] = session.config.stash[LANES]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    lanes = node.config.stash[LANES]
+    for lane, story in getattr(node, "workeroutput", {}).get("lanes", {}).items():
+        if story != _NOT_ASKED and not lanes[lane].startswith("did NOT"):
+            lanes[lane] = story
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

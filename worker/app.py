@@ -8,6 +8,7 @@ HTTP transfers finish -> jobs left for the next boot -> journal closed with its 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import secrets
 import shutil
@@ -220,6 +221,8 @@ class App:
                 ) from None
             else:
                 self.metrics.replayed(self.registry.replay_seconds)
+                # Few cycles arise here, and a full collection walks the whole catalog: make them rare.
+                gc.set_threshold(50_000, 20, 50)
                 return
 
     async def _reach_storage(self) -> None:
@@ -337,6 +340,7 @@ class App:
             task.cancel()
         if self.amqp is not None:
             await self._step(self.amqp.drain(timeout))
+        await self._step(self.http.finish(max(0.1, deadline - time.monotonic())))
         await self._step(self.http.stop(max(0.1, deadline - time.monotonic())))
         await self._step(self.service.stop())  # an upload that finishes is still looked into
         if self.amqp is not None:

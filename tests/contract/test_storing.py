@@ -207,3 +207,10 @@ async def test_what_is_larger_than_a_message_may_hold_is_delivered_by_address(ra
         await rack.call("getModel", {"modelId": "big", "delivery": "inline"})
     assert error.value.code == "ERR_MODEL_TOO_LARGE"
     assert error.value.details["maxInlineSize"] == 10**6
+
+
+async def test_files_of_one_version_with_the_same_bytes_are_stored_once(rack: LocalRack) -> None:
+    files = [{"path": path, "data": b64(b"same")} for path in ("a", "b")]
+    reply = await rack.call("storeModel", {"modelId": "net", "metadata": {"type": "custom"}, "files": files})
+    assert len({file["storageKey"] for file in reply["files"]}) == 1
+    assert len(blobs(rack)) == 1

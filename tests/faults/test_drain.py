@@ -95,7 +95,6 @@ def test_a_download_and_an_upload_that_are_under_way_finish(processes: Processes
     assert again.stop() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the worker stops listening before the transfers that are under way have ended")
 def test_while_a_transfer_finishes_probes_say_why_and_new_writes_are_refused(processes: Processes) -> None:
     service = processes.start().until_ready()
     uploading = begin_upload(processes, service)

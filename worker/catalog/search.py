@@ -55,7 +55,7 @@ def search_query(criteria: dict[str, Any], sort: str) -> Query:
         raise ModelManagerError("ERR_INVALID_REQUEST", f"{place}: {first['msg']}") from None
     equals = {name: value for name, value in criteria.items() if name not in special and name != "type"}
     model_type = criteria.get("type")
-    if model_type is not None and not isinstance(model_type, str):
+    if "type" in criteria and not isinstance(model_type, str):
         raise ModelManagerError("ERR_INVALID_REQUEST", "criteria.type: must be a string")
     predicates: list[Predicate] = []
     if equals:

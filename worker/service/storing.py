@@ -71,7 +71,7 @@ class Storing:
             await self._examining.refuse(params.metadata.type, [(file.path, BytesSource(file.data)) for file in inline])
         with self._pins() as pins:
             if existing is None:
-                files = [await self._put_inline(file, params, pins) for file in inline]
+                files = await self._put_inline(inline, params, pins)
             else:
                 files = list(existing.files)
             reply = await self._commit(params.model_id, params.metadata, files, context)
@@ -146,20 +146,24 @@ class Storing:
             )
         return reply
 
-    async def _put_inline(self, file: _Inline, params: StoreModel, pins: _Pins) -> StoredFile:
-        known = self._registry.catalog.blobs.key_of(file.sha256)
-        if known is not None:
-            return _stored_file(file.path, len(file.data), file.sha256, pins.new(known))
-        key = pins.new(self._store.new_key())
-        await self._store.put(
-            key,
-            _once(file.data),
-            info=self._info(params.model_id, params.metadata),
-            size=len(file.data),
-            sha256=file.sha256,
-            max_size=self._policy.max_model_size,
-        )
-        return _stored_file(file.path, len(file.data), file.sha256, key)
+    async def _put_inline(self, inline: list[_Inline], params: StoreModel, pins: _Pins) -> list[StoredFile]:
+        """The files, with the bytes that are not there yet put into the store, once each."""
+        keys: dict[str, str] = {}
+        for file in inline:
+            if file.sha256 in keys:
+                continue
+            known = self._registry.catalog.blobs.key_of(file.sha256)
+            keys[file.sha256] = pins.new(known or self._store.new_key())
+            if known is None:
+                await self._store.put(
+                    keys[file.sha256],
+                    _once(file.data),
+                    info=self._info(params.model_id, params.metadata),
+                    size=len(file.data),
+                    sha256=file.sha256,
+                    max_size=self._policy.max_model_size,
+                )
+        return [_stored_file(file.path, len(file.data), file.sha256, keys[file.sha256]) for file in inline]
 
     # --- the commit ---
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from pathlib import Path
 from typing import TypeVar, cast
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential_jitter
 
 from schemas.deadline import remaining
 from schemas.errors import ModelManagerError
@@ -32,7 +32,7 @@ from worker.storage.blobstore import (
 
 _T = TypeVar("_T")
 
-ATTEMPTS = 5
+ATTEMPTS = 7  # some seven seconds in all: a store that restarts costs no transfer
 WAIT_MAX_S = 5.0
 
 
@@ -50,7 +50,7 @@ def attempts(op: str, observe: StoreObserver, *, wait_max_s: float = WAIT_MAX_S)
 
     return AsyncRetrying(
         retry=retry_if_exception(worth_retrying),
-        wait=wait_random_exponential(multiplier=0.1, max=wait_max_s),
+        wait=wait_exponential_jitter(multiplier=0.1, max=wait_max_s, jitter=0.1),
         stop=give_up,
         before_sleep=lambda _: observe.retried(op),
         reraise=True,

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Callable
+import itertools
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,10 +29,14 @@ from worker.storage.blobstore import (
     Usage,
 )
 from worker.storage.hashing import Expectation, blocks
+from worker.storage.retrying import attempts
 from worker.storage.s3_client import PartRefused, S3Calls, UploadGone, make_client
 from worker.storage.s3_layout import part_size_for
 from worker.storage.s3_stream import StreamUpload
 from worker.storage.s3_uploads import S3DirectUploads
+
+_RANGE_BYTES = 8 * 1024 * 1024
+_RANGES_AHEAD = 3
 
 
 class S3Store:
@@ -89,7 +95,7 @@ class S3Store:
                 stored = await upload.finish()
                 return StoredBlob(key, stored.size, stored.sha256)
             except BaseException as error:
-                await asyncio.shield(upload.discard())
+                await self._calls.leave(upload.discard())  # a store that hangs must not hold up the caller
                 if isinstance(error, UploadGone | PartRefused):
                     raise ModelManagerError(
                         "ERR_STORAGE_UNAVAILABLE", "The object store dropped the upload."
@@ -139,24 +145,36 @@ class S3Store:
         return await self._calls.run(call, key=key)
 
     async def hash(self, key: str, progress: Callable[[int], None] | None = None) -> StoredBlob:
-        loop = asyncio.get_running_loop()
-        stop = False
-
-        def call() -> StoredBlob:
+        with self._calls.observed("hash"):
             digest, seen = hashlib.sha256(), 0
-            with contextlib.closing(self._get(key, 0, None)) as body:
-                while not stop and (chunk := body.read(READ_CHUNK_BYTES)):
-                    digest.update(chunk)
-                    seen += len(chunk)
+            async with contextlib.aclosing(self._ranges(key, (await self.stat(key)).size)) as ranges:
+                async for block in ranges:
+                    await self._calls.in_thread(digest.update, block)
+                    seen += len(block)
                     if progress is not None:
-                        loop.call_soon_threadsafe(progress, seen)
+                        progress(seen)
             return StoredBlob(key, seen, digest.hexdigest())
 
-        with self._calls.observed("hash"):
-            try:
-                return await self._calls.run(call, key=key)
-            finally:
-                stop = True
+    async def _ranges(self, key: str, size: int) -> AsyncGenerator[bytes, None]:
+        """All bytes in order, some ranges ahead: one stream alone is slower than its hashing."""
+        starts = iter(range(0, size, _RANGE_BYTES))
+        ahead = deque(asyncio.ensure_future(self._range(key, at)) for at in itertools.islice(starts, _RANGES_AHEAD))
+        try:
+            while ahead:
+                block = await ahead.popleft()
+                ahead.extend(asyncio.ensure_future(self._range(key, at)) for at in itertools.islice(starts, 1))
+                self._observe.bytes_moved("out", len(block))
+                yield block
+        finally:
+            for left in ahead:
+                left.cancel()
+            await asyncio.gather(*ahead, return_exceptions=True)
+
+    async def _range(self, key: str, start: int) -> bytes:
+        async for attempt in attempts("read", self._observe):
+            with attempt:
+                return await self.read_at(key, start, _RANGE_BYTES)
+        raise AssertionError("tenacity returns or raises")
 
     # --- the rest ---
 

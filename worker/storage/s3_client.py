@@ -1,4 +1,4 @@
-"""botocore, driven from bounded threads, with its errors in our words.
+"""boto3, driven from bounded threads, with its errors in our words.
 
 Retries are not its own (one attempt a call): tenacity owns the policy, else attempts multiply.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.loaders import Loader
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 THREADS = 16
+LEAVE_S = 5.0
 _WORKERS = 8
 _MODELS = Loader()  # keeps the description of the service, which takes 0.1 s to parse
 
@@ -58,6 +60,7 @@ class S3Calls:
         self.client = make_client(endpoint_url, region, timeout_s)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s3")
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="sha256")
+        self._left: set[asyncio.Task[None]] = set()
 
     async def run(self, call: Callable[[], _T], *, key: str = "") -> _T:
         """Run a blocking call in a thread. Raises BlobMissing, UploadGone, PartRefused or ModelManagerError."""
@@ -119,7 +122,16 @@ class S3Calls:
         finally:
             self.observe.operation(op, time.monotonic() - started, code)
 
+    async def leave(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for `work`, but not for long and not when cancelled; it goes on by itself, until `close` at most."""
+        task = asyncio.create_task(work)
+        self._left.add(task)
+        task.add_done_callback(self._left.discard)
+        await asyncio.wait({task}, timeout=LEAVE_S)
+
     async def close(self) -> None:
+        if self._left:
+            await asyncio.wait(self._left)
         for pool in (self._threads, self._workers):
             await asyncio.to_thread(pool.shutdown)
         self.client.close()
@@ -141,7 +153,6 @@ def make_client(endpoint_url: str | None, region: str | None, timeout_s: float) 
     # boto3's default session would keep, for the whole process, the keys that it saw first.
     session = Session()
     session.register_component("data_loader", _MODELS)
-    client = session.create_client(
+    return boto3.Session(botocore_session=session).client(
         "s3", endpoint_url=endpoint_url, region_name=region or "us-east-1", config=Config(**config)
     )
-    return cast("S3Client", client)

@@ -110,6 +110,10 @@ class HttpServer:
         self._dispatcher.draining = True
         self._readiness.set("draining", False, "the worker is shutting down")
 
+    async def finish(self, timeout_s: float) -> None:
+        """Wait for what is under way, at most `timeout_s`, and go on listening: probes can ask why it is not ready."""
+        await self._finish(timeout_s)
+
     async def stop(self, timeout_s: float) -> None:
         """Stop listening, let what is under way finish within `timeout_s`, cut off the rest."""
         self.begin_drain()

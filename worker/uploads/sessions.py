@@ -252,8 +252,8 @@ class UploadSessions:
             raise incomplete(planned["path"], missing)
         try:
             await direct.complete(planned["key"], planned["multipart"], parts)
-        except ModelManagerError:
-            if not parts:
+        except ModelManagerError as error:
+            if not parts and error.code == "ERR_CONFLICT":
                 raise incomplete(planned["path"], missing) from None
             raise
 
