@@ -21,8 +21,13 @@ class Pending:
     def started(self, call: asyncio.Future[_T]) -> asyncio.Future[_T]:
         """Remember `call` until it has ended."""
         self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
+        call.add_done_callback(self._forget)
         return call
+
+    def _forget(self, call: asyncio.Future[Any]) -> None:
+        self._calls.discard(call)
+        if not call.cancelled():
+            call.exception()  # looked at: whoever waited may be gone
 
     async def ended(self) -> None:
         """Wait until no call goes on, whatever came of them."""
