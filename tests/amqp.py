@@ -215,6 +215,13 @@ class Caller:
         await channel.close()
         return declared.message_count or 0
 
+    async def until_depth(self, queue: str, count: int) -> None:
+        """Return when that many messages are ready: the broker gives messages back some time after a channel closed."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (depth := await self.depth(queue)) != count:
+            assert time.monotonic() < deadline, f"{queue} has {depth} messages"
+            await asyncio.sleep(0.05)
+
     async def consumers(self) -> int:
         channel = await self.connection.channel()
         declared = await channel.queue_declare(topology.request_queue(self.rack), passive=True)

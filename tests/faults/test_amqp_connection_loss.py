@@ -105,7 +105,7 @@ async def test_draining_lets_work_finish_and_takes_no_more(amqp_url: str, rack: 
         await caller.publish("echo")
         await eventually(lambda: len(caller.replies) == 1)
         assert caller.replies[0].body["success"]
-        assert await caller.depth(topology.request_queue(rack)) == 1
+        await caller.until_depth(topology.request_queue(rack), 1)
         assert await caller.consumers() == 0
 
 
@@ -119,7 +119,7 @@ async def test_work_that_outlasts_the_drain_is_given_back_and_served_by_the_next
         assert served.dispatcher.cancelled == 1
         assert served.observer.counts["requeued"] == 1
         await served.transport.close()
-        assert await caller.depth(topology.request_queue(rack)) == 1
+        await caller.until_depth(topology.request_queue(rack), 1)
         async with serving(amqp_url, rack) as successor:
             successor.dispatcher.released.set()
             await eventually(lambda: len(caller.replies) == 1)

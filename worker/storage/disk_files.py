@@ -29,7 +29,7 @@ class NewFile:
             raise ModelManagerError("ERR_INTERNAL", "A storage key was used twice.") from None
         self._file = os.fdopen(descriptor, "wb", buffering=0)
 
-    def write(self, block: bytes) -> None:
+    def write(self, block: bytes | bytearray) -> None:
         assert self._file is not None
         view = memoryview(block)
         while view:

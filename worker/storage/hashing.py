@@ -8,6 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from schemas.errors import ModelManagerError
 from schemas.ids import digest_of
 
+# Of two kinds, since what came in one piece is passed on as it is.
+Block = bytes | bytearray
+
 
 class Expectation:
     """What a put was told of its bytes; raises the error of the contract when they turn out otherwise."""
@@ -29,7 +32,7 @@ class Expectation:
         if self._size is not None and self.seen > self._size:
             raise self._wrong_size()
 
-    def update(self, block: bytes) -> None:
+    def update(self, block: Block) -> None:
         """Hash a block. For a thread: blocking, one call at a time, in order."""
         self._hash.update(block)
 
@@ -62,19 +65,26 @@ class Expectation:
 
 async def blocks(
     chunks: AsyncIterator[bytes], block_bytes: int, expectation: Expectation
-) -> AsyncGenerator[bytes, None]:
-    """The bytes of `chunks`, admitted as they come, in blocks of `block_bytes` but the last. Holds one block."""
-    pieces: list[bytes | memoryview] = []
-    room = block_bytes
+) -> AsyncGenerator[Block, None]:
+    """The bytes of `chunks`, admitted as they come, in blocks of `block_bytes` but the last. Holds one block.
+
+    A block is filled in place: gathering chunks and joining them would hold its bytes twice.
+    """
+    block, filled = bytearray(block_bytes), 0
     async for chunk in chunks:
         expectation.admit(len(chunk))
+        if not filled and len(chunk) == block_bytes:
+            yield chunk
+            continue
         view = memoryview(chunk)
-        while len(view) >= room:
-            whole = not pieces and len(chunk) == block_bytes
-            yield chunk if whole else b"".join([*pieces, view[:room]])
-            pieces, view, room = [], view[room:], block_bytes
-        if view:
-            pieces.append(view)
-            room -= len(view)
-    if pieces:
-        yield b"".join(pieces)
+        while view:
+            taken = view[: block_bytes - filled]
+            block[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            view = view[len(taken) :]
+            if filled == block_bytes:
+                yield block
+                block, filled = bytearray(block_bytes), 0
+    if filled:
+        del block[filled:]
+        yield block

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
+from worker.storage.allocator import give_back_large_blocks
 from worker.storage.blobstore import (
     READ_CHUNK_BYTES,
     UNOBSERVED,
@@ -55,6 +56,7 @@ class S3Store:
         timeout_s: float = 30.0,
         observe: StoreObserver = UNOBSERVED,
     ) -> None:
+        give_back_large_blocks()
         self._calls = S3Calls(
             endpoint_url=endpoint_url, bucket=bucket, region=region, timeout_s=timeout_s, observe=observe
         )

@@ -11,13 +11,13 @@ import base64
 import contextlib
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from schemas.errors import ModelManagerError
 from worker.storage.blobstore import BlobInfo, BlobMissing, StoredBlob
-from worker.storage.hashing import Expectation
+from worker.storage.hashing import Block, Expectation
 from worker.storage.pending import Pending
 from worker.storage.retrying import attempts
 from worker.storage.s3_client import S3Calls, UploadGone
@@ -50,7 +50,7 @@ class StreamUpload:
         self._info = info
         self._expectation = expectation
         self._declared = declared
-        self._first: bytes | None = None
+        self._first: Block | None = None
         self._id: str | None = None
         self._number = 0
         self._places = asyncio.Semaphore(_PARTS_AT_ONCE)
@@ -63,7 +63,7 @@ class StreamUpload:
     async def _call(self, call: Callable[[], _T]) -> _T:
         return await self._pending.result(self._calls.submit(call, key=self._name))
 
-    async def add(self, block: bytes) -> None:
+    async def add(self, block: Block) -> None:
         """Take the next block; waits while enough parts are on their way."""
         if self._hashing is not None:
             await self._hashing
@@ -77,7 +77,7 @@ class StreamUpload:
             await self._send(first or b"")
         await self._send(block)
 
-    async def _send(self, block: bytes) -> None:
+    async def _send(self, block: Block) -> None:
         await self._places.acquire()
         failed = next((task for task in self._tasks if task.done() and task.exception() is not None), None)
         if failed is not None:
@@ -162,7 +162,7 @@ class StreamUpload:
         except BlobMissing:
             return False
 
-    async def _put_whole(self, data: bytes, sha256: str) -> None:
+    async def _put_whole(self, data: Block, sha256: str) -> None:
         metadata = blob_metadata(self._info, size=len(data), sha256=sha256)
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
 
@@ -170,7 +170,7 @@ class StreamUpload:
             self._calls.client.put_object(
                 Bucket=self._calls.bucket,
                 Key=self._name,
-                Body=data,
+                Body=cast(bytes, data),
                 Metadata=metadata,
                 ChecksumSHA256=checksum,
                 IfNoneMatch="*",
@@ -193,7 +193,7 @@ class StreamUpload:
 
         await self._call(call)
 
-    async def _part(self, number: int, block: bytes) -> CompletedPartTypeDef:
+    async def _part(self, number: int, block: Block) -> CompletedPartTypeDef:
         def call() -> CompletedPartTypeDef:
             crc = base64.b64encode(zlib.crc32(block).to_bytes(4, "big")).decode()
             done = self._calls.client.upload_part(
@@ -201,7 +201,7 @@ class StreamUpload:
                 Key=self._name,
                 UploadId=self._id or "",
                 PartNumber=number,
-                Body=block,
+                Body=cast(bytes, block),  # botocore would copy bytes once more, to send them with the headers
                 ChecksumCRC32=crc,
             )
             return {"PartNumber": number, "ETag": done["ETag"], "ChecksumCRC32": crc}
