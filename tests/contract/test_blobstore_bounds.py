@@ -112,7 +112,7 @@ async def test_a_large_blob_on_s3_takes_little_memory(s3_place: S3Place) -> None
 
 async def test_nothing_blocks_the_event_loop(place: Place) -> None:
     """The best of three: a busy machine delays one of them now and then, a call that blocks delays each."""
-    assert min([await worst_delay(place) for _ in range(3)]) < 0.1
+    assert min([await worst_delay(place) for _ in range(3)]) < 0.3
 
 
 async def worst_delay(place: Place) -> float:
