@@ -31,17 +31,8 @@ from schemas.ids import (
 )
 from schemas.journal import RECORDS
 from schemas.model import Metadata, Wire
-from schemas.rpc import (
-    METHODS,
-    ChangesReply,
-    Criteria,
-    GetUpload,
-    InlineFile,
-    JobReply,
-    Method,
-    SearchModels,
-    StoreModel,
-)
+from schemas.rpc import METHODS, ChangesReply, Criteria, InlineFile, JobReply, Method, SearchModels, StoreModel
+from schemas.uploads import GetUpload
 
 Schema = dict[str, Any]
 

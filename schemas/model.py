@@ -34,6 +34,8 @@ from schemas.wire import canonical, walk
 State = Literal["available", "quarantined", "deleted", "conflict", "pending"]
 Size = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Revision = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+MAX_WAIT_MS = 5000
+WaitMs = Annotated[int, Field(ge=0, le=MAX_WAIT_MS)]
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
@@ -117,6 +119,12 @@ class Metadata(Wire):
     def as_dict(self) -> dict[str, Any]:
         """All members, with the defaults filled in, as they are stored and answered."""
         return self.model_dump(by_alias=True)
+
+
+class Success(TypedDict):
+    """What every good reply begins with; an error reply has `success: false` and `error`."""
+
+    success: Literal[True]
 
 
 class File(TypedDict):

@@ -9,9 +9,9 @@ from typing import Any
 from schemas.errors import ERRORS, ErrorKind, ModelManagerError
 from schemas.ids import FilePath, ModelType
 from schemas.json_schemas import Components, ErrorBody, Schema, json_schema
-from schemas.model import Tag
+from schemas.model import Success, Tag
 from schemas.routes import CONTENT, FILE, UPLOAD_FILE
-from schemas.rpc import StoreReply, Success
+from schemas.rpc import StoreReply
 
 JSON_TYPE = "application/json"
 BYTES_TYPE = "application/octet-stream"

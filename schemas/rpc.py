@@ -37,23 +37,25 @@ from schemas.model import (
     Revision,
     Size,
     State,
+    Success,
     Tag,
+    WaitMs,
     Wire,
 )
+from schemas.uploads import (
+    AbortReply,
+    AbortUpload,
+    CompleteUpload,
+    CreateUpload,
+    GetUpload,
+    GetUploadReply,
+    UploadReply,
+)
 
-MAX_WAIT_MS = 5000
 Cursor = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 Limit = Annotated[int, Field(ge=1, le=1000)]
-WaitMs = Annotated[int, Field(ge=0, le=MAX_WAIT_MS)]
 Sequence = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
-PartNumber = Annotated[int, Field(ge=1, le=10_000)]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-
-
-class Success(TypedDict):
-    """What every good reply begins with; an error reply has `success: false` and `error`."""
-
-    success: Literal[True]
 
 
 class ModelReply(Success):
@@ -325,91 +327,6 @@ class JobStatus(Success):
     progress: dict[str, int]
     result: NotRequired[dict[str, Any]]
     error: NotRequired[dict[str, Any]]
-
-
-# --- uploads ---------------------------------------------------------------------------------------------------------
-
-
-class UploadFile(Wire):
-    path: FilePath
-    size: Size
-    sha256: Digest
-
-
-class CreateUpload(Wire):
-    model_id: ModelId
-    version: Version
-    files: Annotated[list[UploadFile], Field(min_length=1, max_length=MAX_FILES)]
-
-    @model_validator(mode="after")
-    def _paths_fit(self) -> Self:
-        check_paths(file.path for file in self.files)
-        return self
-
-
-class UploadFileState(TypedDict):
-    """`present`: the rack has these bytes. Else parts to PUT (object store) or one `url` to PUT to (disk)."""
-
-    path: str
-    size: int
-    sha256: str
-    present: bool
-    partSize: NotRequired[int]
-    parts: NotRequired[int]
-    received: NotRequired[list[int]]
-    url: NotRequired[str]
-
-
-class UploadReply(Success):
-    uploadId: str
-    modelId: str
-    version: str
-    state: Literal["open", "completed", "stored", "aborted", "expired"]
-    expiresAt: str
-    files: list[UploadFileState]
-
-
-class PartToSign(Wire):
-    number: PartNumber
-    sha256: Digest
-
-
-class GetUpload(Wire):
-    """With `path` and `parts` the reply has signed addresses for these parts of that file."""
-
-    upload_id: Ulid
-    path: FilePath | None = None
-    parts: Annotated[list[PartToSign], Field(min_length=1, max_length=1000)] | None = None
-
-    @model_validator(mode="after")
-    def _both_or_none(self) -> Self:
-        if (self.path is None) != (self.parts is None):
-            raise ValueError("path and parts go together")
-        return self
-
-
-class SignedPartUrl(TypedDict):
-    number: int
-    url: str
-    headers: dict[str, str]
-
-
-class GetUploadReply(UploadReply):
-    urls: NotRequired[list[SignedPartUrl]]
-
-
-class CompleteUpload(Wire):
-    upload_id: Ulid
-    wait_ms: WaitMs = 2000
-
-
-class AbortUpload(Wire):
-    upload_id: Ulid
-
-
-class AbortReply(Success):
-    uploadId: str
-    state: Literal["aborted"]
 
 
 # --- the rack --------------------------------------------------------------------------------------------------------

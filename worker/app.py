@@ -8,7 +8,6 @@ HTTP transfers finish -> jobs left for the next boot -> journal closed with its 
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import secrets
 import shutil
@@ -221,8 +220,6 @@ class App:
                 ) from None
             else:
                 self.metrics.replayed(self.registry.replay_seconds)
-                # Few cycles arise here, and a full collection walks the whole catalog: make them rare.
-                gc.set_threshold(50_000, 20, 50)
                 return
 
     async def _reach_storage(self) -> None:

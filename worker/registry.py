@@ -8,6 +8,7 @@ come between the look and the commit, and a caller who goes away does not interr
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -90,6 +91,9 @@ class Registry:
         self.replay_seconds = time.monotonic() - started
 
     def start(self) -> None:
+        """Take writes from now on."""
+        # Few cycles arise here, and a full collection walks the whole catalog: make collections rare.
+        gc.set_threshold(50_000, 20, 50)
         self.journal.start(self._on_durable)
 
     async def close(self) -> None:

@@ -8,14 +8,12 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, cast
 
 from schemas.errors import ModelManagerError
+from schemas.model import MAX_WAIT_MS
 from schemas.rpc import (
-    MAX_WAIT_MS,
-    AbortReply,
     AliasReply,
     ChangesReply,
     DeleteReply,
     GetModelReply,
-    GetUploadReply,
     JobReply,
     JobStatus,
     ListReply,
@@ -25,9 +23,9 @@ from schemas.rpc import (
     RestoreReply,
     StatsReply,
     StoreReply,
-    UploadReply,
     ValidateReply,
 )
+from schemas.uploads import AbortReply, GetUploadReply, UploadReply
 from worker.client.caller import Caller, error_of
 from worker.client.progress import Report, silent
 from worker.client.pull import Pulled, pull

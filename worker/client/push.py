@@ -18,7 +18,8 @@ import aiohttp
 
 from schemas.errors import ModelManagerError
 from schemas.ids import MAX_FILES, check_path, check_paths, digest_of
-from schemas.rpc import SignedPartUrl, StoreReply, UploadFileState, UploadReply
+from schemas.rpc import StoreReply
+from schemas.uploads import SignedPartUrl, UploadFileState, UploadReply
 from worker.client.progress import Meter, Report
 from worker.client.transfer import Slice, in_lanes, sha256_of, transfer_session, with_attempts
 

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
 from schemas.model import ListedVersion, Metadata
-from schemas.rpc import CancelJob, CompleteUpload, GetJob, ReplicateModel, StoreReply, ValidateModel
+from schemas.rpc import CancelJob, GetJob, ReplicateModel, StoreReply, ValidateModel
+from schemas.uploads import CompleteUpload
 from worker.answers import answer_of, store_reply
 from worker.cache import ModelCache
 from worker.content import OpenedFile

@@ -79,7 +79,8 @@ async def blocks(
         view = memoryview(chunk)
         while view:
             taken = view[: block_bytes - filled]
-            block[filled : filled + len(taken)] = taken
+            # Through a view: a slice of the bytearray itself would first make a copy of what is put in.
+            memoryview(block)[filled : filled + len(taken)] = taken
             filled += len(taken)
             view = view[len(taken) :]
             if filled == block_bytes:

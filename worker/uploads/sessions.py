@@ -20,7 +20,7 @@ from schemas.errors import ModelManagerError
 from schemas.ids import digest_of, hex_of, new_ulid
 from schemas.journal import PlannedFile, StoredFile, UploadBeginRecord, UploadEndRecord
 from schemas.model import media_type
-from schemas.rpc import (
+from schemas.uploads import (
     AbortReply,
     AbortUpload,
     CreateUpload,
