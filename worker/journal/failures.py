@@ -16,9 +16,8 @@ class JournalDamaged(Exception):
         self.sequence = sequence
         self.reason = reason
         super().__init__(
-            f"{path} is damaged at byte {offset}, sequence {sequence}: {reason}. Nothing was changed. Put back this"
-            " file from a backup or from the archive; or let `model-manager journal repair --accept-loss` cut the"
-            " journal there, which lists what is lost first."
+            f"{path} is damaged at byte {offset}, sequence {sequence}: {reason}. Nothing was changed. Put back the"
+            " registry's folder from a backup; `model-manager journal dump` shows what can still be read."
         )
 
 
