@@ -123,19 +123,21 @@ class App:
             openapi=openapi_bytes(),
             observe=self.metrics.http,
         )
-        self.amqp: AmqpTransport | None = None
-        if broker:
-            self.amqp = AmqpTransport(
-                url=loaded.amqp_url,
-                rack=settings.rack,
-                provision=settings.amqp.provision,
-                dispatcher=self.dispatcher,
-                prefetch=settings.limits.prefetch,
-                observer=self.metrics.amqp,
-            )
+        self.amqp = self._amqp_transport(loaded.amqp_url) if broker else None
+        if self.amqp is not None:
             self.announcer = Announcer(settings.rack, self.registry, self.amqp.announce)
         self.registry.listen(self._count)
         self._measure_disks()
+
+    def _amqp_transport(self, url: str) -> AmqpTransport:
+        return AmqpTransport(
+            url=url,
+            rack=self._settings.rack,
+            provision=self._settings.amqp.provision,
+            dispatcher=self.dispatcher,
+            prefetch=self._settings.limits.prefetch,
+            observer=self.metrics.amqp,
+        )
 
     async def run(self, stop: asyncio.Event) -> int:
         """Boot, serve until `stop` or a failure, drain."""

@@ -10,10 +10,14 @@ leaves.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from schemas.errors import ModelManagerError
 
 READ_CHUNK_BYTES = 1024 * 1024
 
@@ -84,6 +88,19 @@ class StoreObserver:
 
 
 UNOBSERVED = StoreObserver()
+
+
+@contextlib.contextmanager
+def observed(observe: StoreObserver, op: str) -> Iterator[None]:
+    """Tell the observer how long the operation inside took, and the code of the error that ended it."""
+    started, code = time.monotonic(), None
+    try:
+        yield
+    except ModelManagerError as error:
+        code = error.code
+        raise
+    finally:
+        observe.operation(op, time.monotonic() - started, code)
 
 
 @dataclass(frozen=True, slots=True)

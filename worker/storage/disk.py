@@ -12,8 +12,7 @@ import errno
 import fcntl
 import hashlib
 import os
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from worker.storage.blobstore import (
     StoredBlob,
     StoreObserver,
     Usage,
+    observed,
 )
 from worker.storage.disk_files import NewFile, make_folder, open_blob, replace
 from worker.storage.hashing import Expectation, blocks
@@ -77,7 +77,7 @@ class DiskStore:
         sha256: str | None,
         max_size: int,
     ) -> StoredBlob:
-        with self._observed("put"):
+        with observed(self._observe, "put"):
             expectation = Expectation(size, sha256, max_size)
             file, pending = NewFile(self._path(key)), Pending()
             try:
@@ -161,7 +161,7 @@ class DiskStore:
                     tell(seen)
             return StoredBlob(key, seen, digest.hexdigest())
 
-        with self._observed("hash"):
+        with observed(self._observe, "hash"):
             try:
                 return await self._run(work)
             finally:
@@ -182,7 +182,7 @@ class DiskStore:
             with contextlib.suppress(FileNotFoundError):
                 self._path(key).unlink()
 
-        with self._observed("delete"):
+        with observed(self._observe, "delete"):
             await self._run(work)
 
     async def list(self, prefix: str) -> AsyncIterator[BlobStat]:
@@ -256,17 +256,6 @@ class DiskStore:
 
     async def _run(self, work: Callable[[], _T]) -> _T:
         return await self._submit(work)
-
-    @contextlib.contextmanager
-    def _observed(self, op: str) -> Iterator[None]:
-        started, code = time.monotonic(), None
-        try:
-            yield
-        except ModelManagerError as error:
-            code = error.code
-            raise
-        finally:
-            self._observe.operation(op, time.monotonic() - started, code)
 
 
 def _translated(error: OSError) -> ModelManagerError:

@@ -28,6 +28,7 @@ from worker.storage.blobstore import (
     StoredBlob,
     StoreObserver,
     Usage,
+    observed,
 )
 from worker.storage.hashing import Expectation, blocks
 from worker.storage.retrying import attempts
@@ -87,7 +88,7 @@ class S3Store:
         sha256: str | None,
         max_size: int,
     ) -> StoredBlob:
-        with self._calls.observed("put"):
+        with observed(self._calls.observe, "put"):
             expectation = Expectation(size, sha256, max_size)
             part_size = part_size_for(max_size if size is None else size)
             upload = StreamUpload(self._calls, self._prefix + key, info, expectation, declared=(size, sha256))
@@ -147,7 +148,7 @@ class S3Store:
         return await self._calls.run(call, key=key)
 
     async def hash(self, key: str, progress: Callable[[int], None] | None = None) -> StoredBlob:
-        with self._calls.observed("hash"):
+        with observed(self._calls.observe, "hash"):
             digest, seen = hashlib.sha256(), 0
             async with contextlib.aclosing(self._ranges(key, (await self.stat(key)).size)) as ranges:
                 async for block in ranges:
@@ -188,7 +189,7 @@ class S3Store:
         return await self._calls.run(call, key=key)
 
     async def delete(self, key: str) -> None:
-        with self._calls.observed("delete"), contextlib.suppress(BlobMissing):
+        with observed(self._calls.observe, "delete"), contextlib.suppress(BlobMissing):
             await self._calls.run(
                 lambda: self._calls.client.delete_object(Bucket=self._bucket, Key=self._prefix + key), key=key
             )

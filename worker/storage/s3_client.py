@@ -6,9 +6,7 @@ Retries are not its own (one attempt a call): tenacity owns the policy, else att
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -110,17 +108,6 @@ class S3Calls:
         if 400 <= status < 500 and code not in ("SlowDown", "RequestTimeout", "TooManyRequests", "429"):
             return ModelManagerError("ERR_INTERNAL", f"The object store answers {code or status}.")
         return ModelManagerError("ERR_STORAGE_UNAVAILABLE", f"The object store answers {code or status}.")
-
-    @contextlib.contextmanager
-    def observed(self, op: str) -> Iterator[None]:
-        started, code = time.monotonic(), None
-        try:
-            yield
-        except ModelManagerError as error:
-            code = error.code
-            raise
-        finally:
-            self.observe.operation(op, time.monotonic() - started, code)
 
     async def leave(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for `work`, but not for long and not when cancelled; it goes on by itself, until `close` at most."""

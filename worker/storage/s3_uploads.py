@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from schemas.errors import ModelManagerError
-from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStat, PartPlan, SignedPart, UploadedPart
+from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStat, PartPlan, SignedPart, UploadedPart, observed
 from worker.storage.s3_client import PartRefused, S3Calls, UploadGone
 from worker.storage.s3_layout import blob_metadata, part_count, part_size_for
 
@@ -37,7 +37,7 @@ class S3DirectUploads:
                 Bucket=self._calls.bucket, Key=self._prefix + key, Metadata=metadata, ChecksumAlgorithm="SHA256"
             )["UploadId"]
 
-        with self._calls.observed("begin_upload"):
+        with observed(self._calls.observe, "begin_upload"):
             return PartPlan(await self._calls.run(call, key=key), part_size, part_count(size, part_size))
 
     async def sign(
@@ -103,7 +103,7 @@ class S3DirectUploads:
                 IfNoneMatch="*",
             )
 
-        with self._calls.observed("complete_upload"):
+        with observed(self._calls.observe, "complete_upload"):
             try:
                 await self._calls.run(call, key=key)
             except PartRefused:
