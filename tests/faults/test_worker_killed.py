@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -123,9 +124,9 @@ class Rack:
         lines = self.journal().split(b"\n")[:-1]
         return [line["rec"] for line in map(json.loads, lines) if line["op"] == op]
 
-    def committed(self) -> list[str]:
-        """The models that were stored, in order."""
-        return [record["model"] for record in self.records("store")]
+    def shows_what_was_committed(self, service: Service) -> bool:
+        """Whether the listing is the models whose store is recorded."""
+        return listed(service) == [record["model"] for record in self.records("store")]
 
     def keeps_only_what_is_recorded(self) -> bool:
         """Whether the journal names every blob there is."""
@@ -213,7 +214,7 @@ def test_a_worker_killed_in_the_middle_of_a_push_keeps_the_first_model_and_shows
         names = listed(service)
         assert names == ["first"] or at_the_end, moment
         # A request that was not acknowledged is delivered again, so the end may come a moment later.
-        service.until(lambda: listed(service) == rack.committed(), "what is listed is what was committed")
+        service.until(partial(rack.shows_what_was_committed, service), "what is listed is what was committed")
         service.until(rack.keeps_only_what_is_recorded, "the blobs that no record names are swept")
 
     asyncio.run(push(rack.client(service), folder, "second", "custom"))
