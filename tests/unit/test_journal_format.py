@@ -12,7 +12,16 @@ from zlib import crc32
 import pytest
 
 from schemas.errors import ModelManagerError
-from worker.journal.format import LINE_BYTES, CheckedLines, checks, encode, make_line, stored_batch, stored_crc
+from worker.journal.format import (
+    LINE_BYTES,
+    CheckedLines,
+    checks,
+    encode,
+    line_decoder,
+    make_line,
+    stored_batch,
+    stored_crc,
+)
 from worker.journal.torn import judge
 
 
@@ -85,10 +94,9 @@ def test_a_record_that_would_not_come_back_as_it_went_in_is_refused(value: Any) 
 def test_lines_are_read_for_as_long_as_they_check() -> None:
     lines = chain(1, 3)
     stream = io.BytesIO(b"".join(lines[:3]) + lines[3].replace(b'"n":4', b'"n":5'))
-    reader = CheckedLines(stream, sequence=0, crc=0)
-    assert [value["rec"]["n"] for value in reader] == [1, 2, 3]
+    reader = CheckedLines(stream, line_decoder(dict), sequence=0, crc=0)
+    assert [line.record["n"] for _, line in reader] == [1, 2, 3]
     assert (reader.sequence, reader.offset, reader.batch) == (3, sum(map(len, lines[:3])), 2)
-    assert reader.batch_offset == len(lines[0])
     assert reader.fault
     assert not reader.foreign
 
@@ -104,7 +112,7 @@ def test_lines_are_read_for_as_long_as_they_check() -> None:
 def test_a_line_that_checks_but_is_not_the_next_one_of_this_format_is_foreign(foreign: bytes) -> None:
     body = foreign[:-19]
     closed = b'%b,"crc":"%08x"}\n' % (body, crc32(body))
-    reader = CheckedLines(io.BytesIO(closed), sequence=0, crc=0)
+    reader = CheckedLines(io.BytesIO(closed), line_decoder(dict), sequence=0, crc=0)
     assert list(reader) == []
     assert reader.foreign
 

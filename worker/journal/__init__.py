@@ -109,10 +109,13 @@ from worker.journal.format import CONTROL_OPS, Entry
 from worker.journal.inspection import VerifyReport, dump, verify
 from worker.journal.journal import SEGMENT_BYTES, Journal, JournalStats
 from worker.journal.observer import JournalObserver
+from worker.journal.replay import EachEntry, Replay, Taken
+from worker.journal.segment import RecordCold
 
 __all__ = [
     "CONTROL_OPS",
     "SEGMENT_BYTES",
+    "EachEntry",
     "Entry",
     "Files",
     "Journal",
@@ -121,6 +124,9 @@ __all__ = [
     "JournalLocked",
     "JournalObserver",
     "JournalStats",
+    "RecordCold",
+    "Replay",
+    "Taken",
     "VerifyReport",
     "dump",
     "verify",

@@ -20,7 +20,7 @@ from worker.journal.files import Files, SyncFailed, publish, sync, write_all
 from worker.journal.format import CONTROL_OPS, MARK, OPEN, SEAL, make_line
 from worker.journal.observer import JournalObserver
 from worker.journal.replay import Recovered, open_line
-from worker.journal.segment import LINES_PER_POINT, Digest, Segment
+from worker.journal.segment import Digest, Segment
 
 # What passes, by our doing or another's, and leaves the durable part of the journal as it was.
 _PASSING = {
@@ -57,8 +57,8 @@ class Appender:
         self._last_op = recovered.last_op
         self._fd = files.open(folder / recovered.manifest.active, os.O_RDWR)
         self.manifest = recovered.manifest
-        self.segments = recovered.segments
-        """All segments, the active one last. It only ever grows, so a copy of the list may be read by any thread."""
+        self.segments = tuple(recovered.segments)
+        """All files, a base first, the active one last. Replaced, never changed, so any thread may look at it."""
         self.sequence = recovered.sequence
         """Of the last durable line."""
         self.fsync_failures = 0
@@ -133,19 +133,17 @@ class Appender:
     def _write_batch(self, payloads: Sequence[bytes], op: str) -> int:
         segment = self.segments[-1]
         first, time_ms = self.sequence + 1, int(self._clock() * 1000)
-        crc, offset = self._crc, segment.size
+        crc = self._crc
         lines: list[bytes] = []
-        points: list[tuple[int, int, int]] = []
         for sequence, payload in enumerate(payloads, first):
             line, crc = make_line(sequence, first, time_ms, payload, crc)
             lines.append(line)
-            offset += len(line)
-            if not sequence % LINES_PER_POINT:
-                points.append((sequence, crc, offset))
         data = b"".join(lines)
         self._write_durably(data, segment.size)
-        for point in points:
-            segment.note(*point)
+        offset = segment.size
+        for sequence, line in enumerate(lines, first):
+            segment.note(offset, sequence)
+            offset += len(line)
         segment.size = offset
         self._crc, self._last_op = crc, op
         self.sequence += len(lines)
@@ -173,7 +171,7 @@ class Appender:
     def _open_next(self) -> None:
         """The second half of a rotation, from a durable `seal` on. It may be repeated until it succeeds."""
         sealed = self.segments[-1]
-        segment = Segment(self.sequence + 1, self._crc)
+        segment = Segment.after(self.sequence)
         line, crc = open_line(
             segment.first,
             self._crc,
@@ -193,10 +191,9 @@ class Appender:
         self._fd = fd
         self._digest = Digest()
         self._digest.update(line)
+        segment.note(0, segment.first)
         segment.size = len(line)
-        if not segment.first % LINES_PER_POINT:
-            segment.note(segment.first, crc, segment.size)
-        self.segments.append(segment)
+        self.segments = (*self.segments, segment)
         self.manifest = manifest
         self.sequence, self._crc, self._last_op = segment.first, crc, OPEN
 

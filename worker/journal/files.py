@@ -34,6 +34,19 @@ class Files:
     def close(self, fd: int) -> None:
         os.close(fd)
 
+    def pread(self, fd: int, length: int, offset: int, *, wait: bool = True) -> bytes:
+        """Up to `length` bytes. Without `wait` those that are in memory; BlockingIOError if there are none."""
+        if wait:
+            return os.pread(fd, length, offset)
+        buffer = bytearray(length)
+        try:
+            count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):  # this file system cannot tell
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+            raise
+        return bytes(memoryview(buffer)[:count])
+
     def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         return os.pwrite(fd, data, offset)
 
@@ -57,7 +70,7 @@ class Files:
         path.unlink()
 
 
-def write_all(files: Files, fd: int, data: bytes, offset: int) -> None:
+def write_all(files: Files, fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of `data` at `offset`; a short write is gone on with until the system says why."""
     rest = memoryview(data)
     while rest:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 from zlib import crc32
 
+import msgspec
 import orjson
 
 from schemas.errors import ModelManagerError
@@ -28,6 +29,9 @@ _STORED_CRC = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n')
 _PLAIN = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 
 
+R = TypeVar("R")
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One record as it stands in the journal."""
@@ -36,6 +40,21 @@ class Entry:
     time_ms: int
     op: str
     record: dict[str, Any]
+
+
+class Line(msgspec.Struct, Generic[R], frozen=True, gc=False):
+    """A line as a replay reads it: of the record only what `R` asks for is decoded."""
+
+    version: int = msgspec.field(name="v")
+    sequence: int = msgspec.field(name="seq")
+    batch: int = msgspec.field(name="b")
+    time_ms: int = msgspec.field(name="t")
+    op: str
+    record: R = msgspec.field(name="rec")
+
+
+def line_decoder(record: type[R]) -> msgspec.json.Decoder[Line[R]]:
+    return msgspec.json.Decoder(Line[record])  # type: ignore[valid-type]
 
 
 def encode(op: str, record: dict[str, Any]) -> bytes:
@@ -84,80 +103,96 @@ def stored_batch(line: bytes) -> int | None:
     return int(found[1]) if found else None
 
 
-def entry_of(value: dict[str, Any]) -> Entry:
+def entry_of(line: bytes) -> Entry:
+    """The record in a line that was checked."""
+    value = orjson.loads(line)
     return Entry(value["seq"], value["t"], value["op"], value["rec"])
 
 
-class CheckedLines:
-    """The lines of a file from some point on, for as long as they check.
+class CheckedLines(Generic[R]):
+    """The lines of a file from some point on, for as long as they check: each as bytes and decoded.
 
-    After each line `sequence`, `crc` and `offset` (its end) are those of that line, and `batch_offset` is where its
-    batch begins. When the iteration is over `fault` says what is wrong with the line at `offset`, None at the end of
-    the file; `foreign` tells that the line is closed as it should be but is not one a torn write can leave.
+    After each line `sequence`, `crc` and `offset` (its end) are those of that line, and `batch` the one it is of. When
+    the iteration is over `fault` says what is wrong with the line at `offset`, None at the end of the file; `foreign`
+    tells that the line is closed as it should be but is not one a torn write can leave.
     """
 
-    __slots__ = ("_stream", "batch", "batch_offset", "crc", "fault", "foreign", "offset", "sequence")
+    __slots__ = ("_decode", "_gapless", "_stream", "batch", "crc", "fault", "foreign", "offset", "sequence")
 
-    def __init__(self, stream: BinaryIO, *, sequence: int, crc: int, offset: int = 0) -> None:
-        """`sequence` and `crc` are those of the line before the one at `offset`, where `stream` stands."""
+    def __init__(
+        self,
+        stream: BinaryIO,
+        decoder: msgspec.json.Decoder[Line[R]],
+        *,
+        sequence: int,
+        crc: int,
+        offset: int = 0,
+        gapless: bool = True,
+    ) -> None:
+        """`sequence` and `crc` are those of the line before the one at `offset`, where `stream` stands. `gapless`: each
+        line has the next sequence; else (in a base) a higher one."""
         self._stream = stream
+        self._decode = decoder.decode
+        self._gapless = gapless
         self.sequence = sequence
         self.crc = crc
-        self.offset = self.batch_offset = offset
+        self.offset = offset
         self.batch = 0
         self.fault: str | None = None
         self.foreign = False
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for line in self._stream:
-            crc = crc32(line[:-TAIL_BYTES], self.crc)
-            if not line.endswith(b',"crc":"%08x"}\n' % crc):
+    def __iter__(self) -> Iterator[tuple[bytes, Line[R]]]:
+        decode, gapless = self._decode, self._gapless
+        crc, sequence = self.crc, self.sequence
+        for data in self._stream:
+            crc = crc32(data[:-TAIL_BYTES], crc)
+            if not data.endswith(b',"crc":"%08x"}\n' % crc):
                 self.fault = "the line does not have its checksum"
                 return
             try:
-                value = orjson.loads(line)
-                version, sequence, batch = value["v"], value["seq"], value["b"]
-            except (ValueError, KeyError, TypeError):
+                line = decode(data)
+            except msgspec.DecodeError:
                 self._refuse("the line is no record of a journal")
                 return
-            if version != FORMAT_VERSION:
-                self._refuse(f"the line has format version {version}, and this program reads {FORMAT_VERSION}")
+            if line.version != FORMAT_VERSION:
+                self._refuse(f"the line has format version {line.version}, and this program reads {FORMAT_VERSION}")
                 return
-            if sequence != self.sequence + 1:
-                self._refuse(f"the line has sequence {sequence}")
+            if line.sequence != sequence + 1 if gapless else line.sequence <= sequence:
+                self._refuse(f"the line has sequence {line.sequence}")
                 return
-            if batch != self.batch:
-                self.batch, self.batch_offset = batch, self.offset
-            self.sequence = sequence
+            self.sequence = sequence = line.sequence
+            self.batch = line.batch
             self.crc = crc
-            self.offset += len(line)
-            yield value
+            self.offset += len(data)
+            yield data, line
 
     def _refuse(self, fault: str) -> None:
         self.fault, self.foreign = fault, True
 
 
-class TrustedLines:
+class TrustedLines(Generic[R]):
     """The lines of a file whose checksum as a whole was right, with the same view of them as `CheckedLines`."""
 
-    __slots__ = ("_line", "_seed", "_stream", "offset", "sequence")
+    __slots__ = ("_data", "_decode", "_seed", "_stream", "offset", "sequence")
 
-    def __init__(self, stream: BinaryIO, *, sequence: int, crc: int) -> None:
+    def __init__(self, stream: BinaryIO, decoder: msgspec.json.Decoder[Line[R]], *, sequence: int, crc: int) -> None:
         self._stream = stream
+        self._decode = decoder.decode
         self._seed = crc
-        self._line = b""
+        self._data = b""
         self.sequence = sequence
         self.offset = 0
 
     @property
     def crc(self) -> int:
-        stored = stored_crc(self._line)
+        stored = stored_crc(self._data)
         return self._seed if stored is None else stored
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for line in self._stream:
-            value = orjson.loads(line)
-            self._line = line
-            self.sequence = value["seq"]
-            self.offset += len(line)
-            yield value
+    def __iter__(self) -> Iterator[tuple[bytes, Line[R]]]:
+        decode = self._decode
+        for data in self._stream:
+            line = decode(data)
+            self._data = data
+            self.sequence = line.sequence
+            self.offset += len(data)
+            yield data, line

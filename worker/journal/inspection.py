@@ -9,13 +9,14 @@ from typing import Any, NoReturn
 
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files
-from worker.journal.format import CONTROL_OPS, CheckedLines, Entry, entry_of
-from worker.journal.manifest import SealedFile, read_manifest
-from worker.journal.replay import STALE_MANIFEST, newer_segment, open_fault
+from worker.journal.format import CONTROL_OPS, CheckedLines, Entry, Line, line_decoder
+from worker.journal.manifest import SealedFile, is_base, read_manifest
+from worker.journal.replay import STALE_MANIFEST, Place, newer_segment, open_fault, place_of_base
 from worker.journal.segment import Digest
 from worker.journal.torn import judge
 
 _DISK = Files()
+_DECODER = line_decoder(dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def dump(folder: Path, *, files: Files = _DISK) -> Iterator[Entry]:
 
     Raises JournalDamaged at the first damage, FileNotFoundError if there is no MANIFEST.
     """
-    return map(entry_of, _Walk(files, folder).lines())
+    return _Walk(files, folder).lines()
 
 
 class _Walk:
@@ -77,8 +78,7 @@ class _Walk:
         self._files = files
         self._folder = folder
         self.manifest = read_manifest(files, folder)
-        self._sequence = 0
-        self._crc = 0
+        self._place = Place()
         self._lines = 0
         self._records = 0
         self._bytes = 0
@@ -88,9 +88,9 @@ class _Walk:
     def report(self) -> VerifyReport:
         damage: Damage | None = None
         try:
-            for value in self.lines():
+            for entry in self.lines():
                 self._lines += 1
-                self._records += value["op"] not in CONTROL_OPS
+                self._records += entry.op not in CONTROL_OPS
             self._check_newer_segments()
         except JournalDamaged as error:
             damage = Damage(error.path, error.offset, error.sequence, error.reason)
@@ -102,41 +102,53 @@ class _Walk:
             lines=self._lines,
             records=self._records,
             bytes=self._bytes,
-            head=self._sequence,
+            head=self._place.sequence,
             torn_bytes=self._torn_bytes,
             damage=damage,
         )
 
-    def lines(self) -> Iterator[dict[str, Any]]:
+    def lines(self) -> Iterator[Entry]:
         sealed = {file.name: file for file in self.manifest.sealed}
-        previous: str | None = None
         for name in self.manifest.names:
             try:
-                yield from self._lines_of(name, previous)
+                yield from self._lines_of(name)
             except FileNotFoundError:
                 self._refuse(name, 0, "the file is missing")
             if name in sealed:
                 self._check_sealed(sealed[name])
-            previous = name
 
-    def _lines_of(self, name: str, previous: str | None) -> Iterator[dict[str, Any]]:
-        seed, size = self._crc, self._bytes
+    def _lines_of(self, name: str) -> Iterator[Entry]:
+        before, size, base = self._place, self._bytes, is_base(name)
         with self._files.reader(self._folder / name) as stream:
-            lines = CheckedLines(stream, sequence=self._sequence, crc=seed)
-            for value in lines:
-                op = value["op"]
-                if self._bytes == size and (fault := open_fault(self.manifest, previous, seed, op, value["rec"])):
-                    self._refuse(name, 0, fault)
-                self._sequence, self._crc, self._last_op = lines.sequence, lines.crc, op
+            lines = CheckedLines(
+                stream,
+                _DECODER,
+                sequence=-1 if base else before.sequence,
+                crc=0 if base else before.crc,
+                gapless=not base,
+            )
+            for _, line in lines:
+                if self._bytes == size:
+                    before = self._begin(name, before, line)
+                self._place = before if base else Place(lines.sequence, lines.crc, name)
+                self._last_op = line.op
                 self._bytes = size + lines.offset
-                yield value
+                yield Entry(line.sequence, line.time_ms, line.op, line.record)
             if lines.fault:
                 stream.seek(lines.offset)
                 self._judge(name, lines, stream.read())
         if not lines.offset:
             self._refuse(name, 0, "the file is empty")
 
-    def _judge(self, name: str, lines: CheckedLines, rest: bytes) -> None:
+    def _begin(self, name: str, before: Place, line: Line[dict[str, Any]]) -> Place:
+        """Check the first line of a file: where the next file goes on from, if it is a base, else `before`."""
+        if is_base(name):
+            return place_of_base(line.record)
+        if fault := open_fault(self.manifest, before, line.op, line.record):
+            self._refuse(name, 0, fault)
+        return before
+
+    def _judge(self, name: str, lines: CheckedLines[dict[str, Any]], rest: bytes) -> None:
         if name != self.manifest.active or lines.foreign or not lines.offset:
             self._refuse(name, lines.offset, str(lines.fault))
         if reason := judge(rest, offset=lines.offset, sequence=lines.sequence + 1, crc=lines.crc):
@@ -150,9 +162,9 @@ class _Walk:
 
     def _check_newer_segments(self) -> None:
         # In this order: a rotation that ends meanwhile has replaced MANIFEST by then, and it was not too old.
-        name = newer_segment(self._files, self._folder, self.manifest, self._sequence, self._last_op)
+        name = newer_segment(self._files, self._folder, self.manifest, self._place.sequence, self._last_op)
         if name and read_manifest(self._files, self._folder).generation == self.manifest.generation:
             self._refuse(name, 0, STALE_MANIFEST)
 
     def _refuse(self, name: str, offset: int, reason: str) -> NoReturn:
-        raise JournalDamaged(name, offset=offset, sequence=self._sequence + 1, reason=reason)
+        raise JournalDamaged(name, offset=offset, sequence=self._place.sequence + 1, reason=reason)

@@ -18,9 +18,9 @@ from worker.journal.files import Files, SyncFailed, sync_folder
 from worker.journal.format import CONTROL_OPS, Entry, encode
 from worker.journal.lock import FolderLock
 from worker.journal.observer import JournalObserver
-from worker.journal.replay import Recovered, recover
+from worker.journal.replay import Recovered, Replay, recover
 from worker.journal.room import Room
-from worker.journal.segment import read_segment
+from worker.journal.segment import Segment
 from worker.journal.writer import Outcome, Pending, Writer
 
 SEGMENT_BYTES = 64 * 1024 * 1024
@@ -53,13 +53,13 @@ class Journal:
     from any thread.
     """
 
-    def __init__(self, folder: Path, files: Files, lock: FolderLock, appender: Appender, torn_bytes: int) -> None:
+    def __init__(self, folder: Path, files: Files, lock: FolderLock, appender: Appender, recovered: Recovered) -> None:
         """Use `open`."""
         self._folder = folder
         self._files = files
         self._lock = lock
         self._appender = appender
-        self._torn_bytes = torn_bytes
+        self._torn_bytes = recovered.torn_bytes
         self._observe = appender.observe
         self._head = appender.sequence
         self._room = Room(lines=QUEUE_LINES, size=QUEUE_BYTES)
@@ -70,13 +70,15 @@ class Journal:
         self._ending: asyncio.Future[None] | None = None
         self.epoch = appender.manifest.epoch
         self.registry_id = appender.manifest.registry_id
+        self.changes_from = recovered.changes_from
+        """Of the changes up to this sequence, compaction has dropped some that a reader behind it would need."""
 
     @classmethod
     def open(
         cls,
         folder: Path,
         *,
-        replay: Callable[[Entry], None],
+        replay: Replay[Any] | Callable[[Entry], object],
         segment_bytes: int = SEGMENT_BYTES,
         files: Files = _DISK,
         clock: Callable[[], float] = time.time,
@@ -84,8 +86,9 @@ class Journal:
     ) -> Journal:
         """Take the folder, verify what is in it and replay it; a folder that is new or empty gets a new journal.
 
-        Blocks for as long as the reading takes. `replay` gets each business record in order, on this thread; if the
-        boot is refused it may have got some. `clock` tells unix seconds.
+        Blocks for as long as the reading takes. `replay` gets the business records in order, on this thread, in
+        blocks or, if it is a function, one by one; if the boot is refused it may have got some. `clock` tells unix
+        seconds.
 
         Raises JournalLocked at once if another process owns the folder, JournalDamaged if a durable record is not as
         it was written, JournalFailed if an fsync fails, OSError if the disk cannot be used.
@@ -104,7 +107,7 @@ class Journal:
             raise
         if recovered.torn_bytes:
             observe.torn_tail(recovered.torn_bytes)
-        return cls(folder, files, lock, appender, recovered.torn_bytes)
+        return cls(folder, files, lock, appender, recovered)
 
     def start(self, on_durable: Callable[[Sequence[Entry]], None]) -> None:
         """Begin to write. Called once, on the event loop.
@@ -159,12 +162,10 @@ class Journal:
         """
         head = self._head
         # After the head, so that the segment it is in is among them.
-        segments = list(self._appender.segments)
-        start = max(0, bisect_right(segments, after + 1, key=lambda segment: segment.first) - 1)
+        segments = self._appender.segments
         entries: list[Entry] = []
-        for index in range(start, len(segments)):
-            until = min(head, segments[index + 1].first - 1) if index + 1 < len(segments) else head
-            for entry in read_segment(self._files, self._folder, segments[index], after=after, until=until):
+        for segment in segments[self._position(segments, after + 1) :]:
+            for entry in segment.entries(self._files, self._folder, after=after, until=head):
                 entries.append(entry)
                 if len(entries) == limit:
                     return entries
@@ -176,6 +177,18 @@ class Journal:
             if entry.sequence == sequence:
                 return entry
         raise KeyError(sequence)
+
+    def record(self, sequence: int, *, wait: bool = True) -> dict[str, Any]:
+        """The record of that line, checked. Raises KeyError if there is no such line, JournalDamaged if it is not what
+        it was; without `wait`, RecordCold if it would have to be read from the disk."""
+        segments = self._appender.segments
+        segment = segments[self._position(segments, sequence)]
+        return segment.record(self._files, self._folder, sequence, wait=wait)
+
+    @staticmethod
+    def _position(segments: Sequence[Segment], sequence: int) -> int:
+        """Which file has the line `sequence`, if it is there."""
+        return max(0, bisect_right(segments, sequence, key=_first) - 1)
 
     @property
     def head(self) -> int:
@@ -193,7 +206,7 @@ class Journal:
         return self._failure or self._appender.failure
 
     def stats(self) -> JournalStats:
-        segments = list(self._appender.segments)
+        segments = self._appender.segments
         return JournalStats(
             bytes=sum(segment.size for segment in segments),
             segments=len(segments),
@@ -279,8 +292,12 @@ class Journal:
         self._lock.release()
 
 
+def _first(segment: Segment) -> int:
+    return segment.first
+
+
 def _recover_without_collections(
-    files: Files, folder: Path, replay: Callable[[Entry], None], clock: Callable[[], float]
+    files: Files, folder: Path, replay: Replay[Any] | Callable[[Entry], object], clock: Callable[[], float]
 ) -> Recovered:
     # The collector would walk the growing catalog again and again, which takes longer than all the rest of a boot; what
     # a replay makes stays for good, so later collections are spared it too.

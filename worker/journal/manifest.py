@@ -15,6 +15,7 @@ from worker.journal.format import FORMAT_VERSION, checks, close
 
 MANIFEST = "MANIFEST"
 
+_BASE_NAME = re.compile(r"base-[0-9]{10}\.jsonl")
 _SEGMENT_NAME = re.compile(r"seg-([0-9]{20})\.jsonl")
 
 
@@ -26,6 +27,15 @@ def segment_first(name: str) -> int | None:
     """The sequence of the `open` line of the segment `name`; None if it is no segment's name."""
     found = _SEGMENT_NAME.fullmatch(name)
     return int(found[1]) if found else None
+
+
+def base_name(generation: int) -> str:
+    """The base that MANIFEST names from `generation` on."""
+    return f"base-{generation:010d}.jsonl"
+
+
+def is_base(name: str) -> bool:
+    return _BASE_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +61,19 @@ class Manifest:
     def names(self) -> tuple[str, ...]:
         return (*(file.name for file in self.sealed), self.active)
 
+    @property
+    def base(self) -> SealedFile | None:
+        """The base, if there is one: it is the first file."""
+        return next((file for file in self.sealed[:1] if is_base(file.name)), None)
+
     def rotated(self, sealed: SealedFile, active: str) -> Manifest:
         """The next generation: the active file is `sealed`, and `active` follows it."""
         return Manifest(self.registry_id, self.epoch, self.generation + 1, (*self.sealed, sealed), active)
+
+    def compacted(self, base: SealedFile, stands_for: int) -> Manifest:
+        """The next generation: `base` stands for all files up to the sequence `stands_for`."""
+        left = tuple(file for file in self.sealed if (segment_first(file.name) or 0) > stands_for)
+        return Manifest(self.registry_id, self.epoch, self.generation + 1, (base, *left), self.active)
 
     def encoded(self) -> bytes:
         files: list[dict[str, Any]] = [

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections.abc import Callable, Container
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, TypeVar
 from uuid import uuid4
 from zlib import crc32
 
 import orjson
 
+from worker.journal.base_index import index_name, read_index
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files, publish, sync, sync_folder, write_all
 from worker.journal.format import (
@@ -22,22 +25,66 @@ from worker.journal.format import (
     SEAL,
     CheckedLines,
     Entry,
+    Line,
     TrustedLines,
-    entry_of,
+    checks,
+    line_decoder,
     make_line,
 )
 from worker.journal.lock import LOCK
-from worker.journal.manifest import MANIFEST, Manifest, SealedFile, read_manifest, segment_first, segment_name
-from worker.journal.segment import LINES_PER_POINT, Segment
+from worker.journal.manifest import (
+    MANIFEST,
+    Manifest,
+    SealedFile,
+    is_base,
+    read_manifest,
+    segment_first,
+    segment_name,
+)
+from worker.journal.segment import Segment
 from worker.journal.torn import judge
 
 ASIDE = "aside"
 FIRST_EPOCH = 1
 STALE_MANIFEST = "MANIFEST does not name this file, so it is not the newest one; or the end of its last file is missing"
 
-_OWN_TEMPORARY = re.compile(r"(MANIFEST|seg-[0-9]{20}\.jsonl(\..+\.torn)?)\.tmp")
+_OWN_TEMPORARY = re.compile(r"(MANIFEST|seg-[0-9]{20}\.jsonl(\..+\.torn)?|base-[0-9]{10}\.(jsonl|idx))\.tmp")
 _TORN_COPY = re.compile(r"seg-[0-9]{20}\.jsonl\..+\.torn")
 _BLOCK_BYTES = 1024 * 1024
+_BLOCK_LINES = 1024
+
+R = TypeVar("R")
+Taken = list[tuple[bytes, Line[R]]]
+
+
+class Replay(Protocol[R]):
+    """What a journal is replayed into."""
+
+    # What of a record is decoded for `take`.
+    record: type[R]
+
+    # Business records, in order: each line as bytes and decoded. Called many times.
+    def take(self, lines: Taken[R]) -> None: ...
+
+    # The state after all lines of a base, in parts, as `dumped` made them: instead of taking its lines.
+    # False if these are not parts this program can use; nothing has changed then.
+    def load(self, parts: dict[str, memoryview]) -> bool: ...
+
+
+class EachEntry:
+    """A replay that hands over the records one by one."""
+
+    record: type[dict[str, Any]] = dict[str, Any]
+
+    def __init__(self, each: Callable[[Entry], object]) -> None:
+        self._each = each
+
+    def take(self, lines: Taken[dict[str, Any]]) -> None:
+        for _, line in lines:
+            self._each(Entry(line.sequence, line.time_ms, line.op, line.record))
+
+    def load(self, parts: dict[str, memoryview]) -> bool:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +97,7 @@ class Recovered:
     crc: int
     last_op: str
     torn_bytes: int
+    changes_from: int
 
 
 def open_line(sequence: int, seed: int, *, time_ms: int, manifest: Manifest, previous: str | None) -> tuple[bytes, int]:
@@ -63,22 +111,25 @@ def open_line(sequence: int, seed: int, *, time_ms: int, manifest: Manifest, pre
     return make_line(sequence, sequence, time_ms, b'"op":"open","rec":%b' % orjson.dumps(record), seed)
 
 
-def recover(files: Files, folder: Path, replay: Callable[[Entry], None], clock: Callable[[], float]) -> Recovered:
-    """Verify the journal in `folder`, hand each record to `replay` in order, and make durable what is kept.
+def recover(
+    files: Files, folder: Path, replay: Replay[Any] | Callable[[Entry], object], clock: Callable[[], float]
+) -> Recovered:
+    """Verify the journal in `folder`, hand its records to `replay` in order, and make durable what is kept.
 
     A folder without a journal gets a new one. Raises JournalDamaged, with nothing changed, if a durable record is not
     as it was written; OSError and SyncFailed as the disk does.
     """
     if MANIFEST not in files.list(folder):
         _create(files, folder, clock)
-    return _Boot(files, folder, replay).run()
+    return _Boot(files, folder, EachEntry(replay) if callable(replay) else replay).run()
 
 
 def _create(files: Files, folder: Path, clock: Callable[[], float]) -> None:
     for name in files.list(folder):
         # A lone `open` line is what an interrupted creation leaves; it is written anew.
-        if (first := segment_first(name)) is not None and not _is_lone_line(files, folder / name):
-            raise JournalDamaged(MANIFEST, offset=0, sequence=first, reason="the file is missing")
+        first = segment_first(name)
+        if is_base(name) or (first is not None and not _is_lone_line(files, folder / name)):
+            raise JournalDamaged(MANIFEST, offset=0, sequence=first or 0, reason="the file is missing")
     manifest = Manifest(uuid4().hex, FIRST_EPOCH, 1, (), segment_name(1))
     line, _ = open_line(1, 0, time_ms=int(clock() * 1000), manifest=manifest, previous=None)
     publish(files, folder, manifest.active, line)
@@ -91,13 +142,29 @@ def _is_lone_line(files: Files, path: Path) -> bool:
         return not stream.read(1)
 
 
-def open_fault(manifest: Manifest, previous: str | None, seed: int, op: str, record: dict[str, Any]) -> str | None:
-    """What is wrong with the first line of the segment after `previous`, whose last crc is `seed`; None if nothing."""
-    if op != OPEN or record["previous"] != (None if previous is None else {"name": previous, "crc": f"{seed:08x}"}):
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the next file goes on: behind the line `sequence` with `crc`, the last of the file `name`."""
+
+    sequence: int = 0
+    crc: int = 0
+    name: str | None = None
+
+
+def open_fault(manifest: Manifest, before: Place, op: str, record: dict[str, Any]) -> str | None:
+    """What is wrong with the first line of the segment that should follow `before`; None if nothing."""
+    previous = None if before.name is None else {"name": before.name, "crc": f"{before.crc:08x}"}
+    if op != OPEN or record["previous"] != previous:
         return "the first line does not follow the file before"
     if record["registryId"] != manifest.registry_id or record["epoch"] > manifest.epoch:
         return "the file belongs to another registry"
     return None
+
+
+def place_of_base(record: dict[str, Any]) -> Place:
+    """Where the files behind a base go on, by the record of its first line."""
+    replaces = record["replaces"]
+    return Place(replaces["sequence"], int(replaces["crc"], 16), replaces["name"])
 
 
 def newer_segment(files: Files, folder: Path, manifest: Manifest, sequence: int, last_op: str) -> str | None:
@@ -116,25 +183,40 @@ def newer_segment(files: Files, folder: Path, manifest: Manifest, sequence: int,
     return None
 
 
+def check_size_and_crc(files: Files, folder: Path, file: SealedFile) -> bool:
+    """Whether the file is, as a whole, what was sealed."""
+    with files.reader(folder / file.name) as stream:
+        size, crc = 0, 0
+        while block := stream.read(_BLOCK_BYTES):
+            size += len(block)
+            crc = crc32(block, crc)
+    return (size, crc) == (file.size, file.crc32)
+
+
 class _Boot:
     """One pass over the files that MANIFEST names."""
 
-    def __init__(self, files: Files, folder: Path, replay: Callable[[Entry], None]) -> None:
+    def __init__(self, files: Files, folder: Path, replay: Replay[Any]) -> None:
         self._files = files
         self._folder = folder
         self._names = files.list(folder)
         self._replay = replay
+        self._decoder = line_decoder(replay.record)
         self._manifest = read_manifest(files, folder)
         self._segments: list[Segment] = []
-        self._sequence = 0
-        self._crc = 0
+        self._place = Place()
+        self._changes_from = 0
+        self._stands_for = 0  # the last sequence the base does
         self._last_op = ""
 
     def run(self) -> Recovered:
         for file in self._manifest.sealed:
-            self._read_sealed(file)
+            if is_base(file.name):
+                self._read_base(file)
+            else:
+                self._read_sealed(file)
         lines, cut = self._read_active(self._manifest.active)
-        newer = newer_segment(self._files, self._folder, self._manifest, self._sequence, self._last_op)
+        newer = newer_segment(self._files, self._folder, self._manifest, self._place.sequence, self._last_op)
         if newer:
             self._refuse(newer, 0, STALE_MANIFEST)
         # All is known to be well; from here on the folder is changed.
@@ -143,40 +225,77 @@ class _Boot:
         return Recovered(
             manifest=self._manifest,
             segments=self._segments,
-            sequence=self._sequence,
-            crc=self._crc,
+            sequence=self._place.sequence,
+            crc=self._place.crc,
             last_op=self._last_op,
             torn_bytes=len(cut),
+            changes_from=self._changes_from,
         )
+
+    # --- a base ---
+
+    def _read_base(self, file: SealedFile) -> None:
+        if file.name not in self._names:
+            self._refuse(file.name, 0, "the file is missing")
+        if self._segments:
+            self._refuse(file.name, 0, "a base that is not the first file")
+        # Its checksum is taken while its index is loaded: both are long, and this one leaves the interpreter free.
+        with ThreadPoolExecutor(1, thread_name_prefix="journal-check") as beside:
+            sound = beside.submit(check_size_and_crc, self._files, self._folder, file)
+            replaces = self._base_header(file)
+            segment = Segment(file.name, 0, sequences=array("Q"))
+            index = read_index(self._files, self._folder, file)
+            loaded = index is not None and self._replay.load(index.parts)
+            if not sound.result():
+                self._refuse(file.name, 0, "the sealed file does not have its size and checksum")
+        if index is not None and loaded:
+            segment.adopt(index.sequences, index.offsets, records=file.lines - 2)
+            segment.size = file.size
+            self._segments.append(segment)
+        else:
+            with self._files.reader(self._folder / file.name) as stream:
+                self._fold(TrustedLines(stream, self._decoder, sequence=0, crc=0), segment)
+            if self._last_op != SEAL:
+                self._refuse(file.name, segment.size, "the sealed file does not end in its seal")
+        self._place = replaces
+
+    def _base_header(self, file: SealedFile) -> Place:
+        with self._files.reader(self._folder / file.name) as stream:
+            first = stream.readline()
+        if not checks(first, 0):
+            self._refuse(file.name, 0, "the first line does not have its checksum")
+        record = orjson.loads(first)["rec"]
+        if record["registryId"] != self._manifest.registry_id or record["epoch"] > self._manifest.epoch:
+            self._refuse(file.name, 0, "the file belongs to another registry")
+        self._changes_from = record["changesFrom"]
+        replaces = place_of_base(record)
+        self._stands_for = replaces.sequence
+        return replaces
+
+    # --- segments ---
 
     def _begin(self, name: str) -> Segment:
         if name not in self._names:
             self._refuse(name, 0, "the file is missing")
-        if segment_first(name) != self._sequence + 1:
+        if segment_first(name) != self._place.sequence + 1:
             self._refuse(name, 0, "the file is not the one that comes next")
-        return Segment(self._sequence + 1, self._crc)
+        return Segment.after(self._place.sequence)
 
     def _read_sealed(self, file: SealedFile) -> None:
         segment = self._begin(file.name)
-        path = self._folder / file.name
-        with self._files.reader(path) as stream:
-            size, crc = 0, 0
-            while block := stream.read(_BLOCK_BYTES):
-                size += len(block)
-                crc = crc32(block, crc)
-        if (size, crc) != (file.size, file.crc32):
+        if not check_size_and_crc(self._files, self._folder, file):
             self._refuse(file.name, 0, "the sealed file does not have its size and checksum")
-        with self._files.reader(path) as stream:
-            self._fold(TrustedLines(stream, sequence=self._sequence, crc=self._crc), segment)
+        with self._files.reader(self._folder / file.name) as stream:
+            self._fold(TrustedLines(stream, self._decoder, sequence=self._place.sequence, crc=self._place.crc), segment)
         if self._last_op != SEAL:
             self._refuse(file.name, segment.size, "the sealed file does not end in its seal")
 
-    def _read_active(self, name: str) -> tuple[CheckedLines, bytes]:
+    def _read_active(self, name: str) -> tuple[CheckedLines[Any], bytes]:
         """The state after the last good line, and the bytes of an unfinished write behind it."""
         segment = self._begin(name)
         cut = b""
         with self._files.reader(self._folder / name) as stream:
-            lines = CheckedLines(stream, sequence=self._sequence, crc=self._crc)
+            lines = CheckedLines(stream, self._decoder, sequence=self._place.sequence, crc=self._place.crc)
             self._fold(lines, segment)
             if lines.fault:
                 stream.seek(lines.offset)
@@ -190,37 +309,61 @@ class _Boot:
             self._refuse(name, lines.offset, f"{lines.fault}; {reason}")
         return lines, cut
 
-    def _fold(self, lines: CheckedLines | TrustedLines, segment: Segment) -> None:
-        """Hand the records of one file to `replay` and take up the place behind its last line."""
-        replay = self._replay
-        previous = self._segments[-1].name if self._segments else None
-        op, records = "", 0
-        for value in lines:
+    def _fold(self, lines: CheckedLines[Any] | TrustedLines[Any], segment: Segment) -> None:
+        """Hand the records of one file to the replay and take up the place behind its last line."""
+        take, note = self._replay.take, segment.note
+        block: Taken[Any] = []
+        op, offset = "", 0
+        for data, line in lines:
             if op == SEAL:
-                self._sequence = lines.sequence - 1
-                self._refuse(segment.name, lines.offset, "a line follows the seal")
-            op = value["op"]
-            if op not in CONTROL_OPS:
-                replay(entry_of(value))
-                records += 1
-            if lines.sequence == segment.first and (
-                fault := open_fault(self._manifest, previous, self._crc, op, value["rec"])
-            ):
-                self._refuse(segment.name, 0, fault)
-            if not lines.sequence % LINES_PER_POINT:
-                segment.note(lines.sequence, lines.crc, lines.offset)
-        segment.size, segment.records = lines.offset, records
+                self._refuse(segment.name, offset, "a line follows the seal", line.sequence)
+            note(offset, line.sequence)
+            op = line.op
+            if op in CONTROL_OPS:
+                self._check_control(op, data, segment, offset)
+            else:
+                block.append((data, line))
+                if len(block) == _BLOCK_LINES:
+                    take(block)
+                    segment.records += len(block)
+                    block = []
+            offset += len(data)
+        take(block)
+        segment.records += len(block)
+        segment.size = offset
         self._segments.append(segment)
-        self._sequence, self._crc, self._last_op = lines.sequence, lines.crc, op
+        self._place = Place(lines.sequence, lines.crc, segment.name)
+        self._last_op = op
+
+    def _check_control(self, op: str, data: bytes, segment: Segment, offset: int) -> None:
+        if is_base(segment.name):
+            return  # looked at already
+        if offset == 0 and (fault := open_fault(self._manifest, self._place, op, orjson.loads(data)["rec"])):
+            self._refuse(segment.name, 0, fault)
+
+    # --- the folder ---
 
     def _tidy(self) -> None:
-        """Remove what a crash left half published; set aside, never delete, what is not known."""
-        known = {LOCK, MANIFEST, ASIDE, *self._manifest.names, segment_name(self._sequence + 1)}
+        """Remove what a crash left half published and what a base stands for; set aside, never delete, what is not
+        known."""
+        named = set(self._manifest.names)
+        known = {LOCK, MANIFEST, ASIDE, *named, segment_name(self._place.sequence + 1)}
+        known |= {index_name(name) for name in named if is_base(name)}
         for name in self._names:
-            if _OWN_TEMPORARY.fullmatch(name):
+            if _OWN_TEMPORARY.fullmatch(name) or (name not in known and self._superseded(name)):
                 self._files.unlink(self._folder / name)
             elif name not in known and not _TORN_COPY.fullmatch(name) and not (self._folder / name).is_dir():
                 self._set_aside(name)
+
+    def _superseded(self, name: str) -> bool:
+        """Whether the file was in an earlier MANIFEST, and a base stands for it now; or belongs to an earlier base."""
+        base = self._manifest.base
+        if base is None:
+            return name.endswith(".idx")
+        if is_base(name) or is_base(name.removesuffix(".idx") + ".jsonl"):
+            return True
+        first = segment_first(name)
+        return first is not None and first <= self._stands_for
 
     def _set_aside(self, name: str) -> None:
         aside = self._folder / ASIDE
@@ -229,26 +372,27 @@ class _Boot:
         self._files.rename(self._folder / name, aside / _free_name(name, "", self._files.list(aside)))
         sync_folder(self._files, aside)
 
-    def _settle(self, lines: CheckedLines, cut: bytes) -> None:
+    def _settle(self, lines: CheckedLines[Any], cut: bytes) -> None:
         """Cut an unfinished write, and make sure that the last batch kept is on the disk, not only in its cache."""
         path = self._folder / self._manifest.active
         if cut:
             copy = _free_name(f"{path.name}.{lines.offset}", ".torn", self._names)
             publish(self._files, self._folder, copy, cut)
+        start, _ = self._segments[-1].span(lines.batch) or (0, 0)
         with self._files.reader(path) as stream:
-            stream.seek(lines.batch_offset)
-            batch = stream.read(lines.offset - lines.batch_offset)
+            stream.seek(start)
+            batch = stream.read(lines.offset - start)
         fd = self._files.open(path, os.O_RDWR)
         try:
             self._files.ftruncate(fd, lines.offset)
-            write_all(self._files, fd, batch, lines.batch_offset)
+            write_all(self._files, fd, batch, start)
             sync(self._files, fd)
         finally:
             self._files.close(fd)
         sync_folder(self._files, self._folder)
 
-    def _refuse(self, name: str, offset: int, reason: str) -> NoReturn:
-        raise JournalDamaged(name, offset=offset, sequence=self._sequence + 1, reason=reason)
+    def _refuse(self, name: str, offset: int, reason: str, sequence: int | None = None) -> NoReturn:
+        raise JournalDamaged(name, offset=offset, sequence=sequence or self._place.sequence + 1, reason=reason)
 
 
 def _free_name(stem: str, suffix: str, taken: Container[str]) -> str:

@@ -1,24 +1,39 @@
-"""A segment as it stands in memory: how far it goes, what its bytes sum up to, and where its lines are."""
+"""A file of the journal as it stands in memory: how far it goes, what its bytes sum up to, and where each line is."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from zlib import crc32
 
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files
-from worker.journal.format import CONTROL_OPS, CheckedLines, Entry, entry_of
+from worker.journal.format import (
+    CONTROL_OPS,
+    TAIL_BYTES,
+    CheckedLines,
+    Entry,
+    checks,
+    entry_of,
+    line_decoder,
+    stored_crc,
+)
 from worker.journal.manifest import SealedFile, segment_name
 
-# A point costs 20 bytes; to reach a line, half of this many lines before it are read.
-LINES_PER_POINT = 16
 _BLOCK_BYTES = 1024 * 1024
+_PLAIN = line_decoder(dict[str, Any])
+
+
+class RecordCold(Exception):
+    """The record is not in memory; reading it would wait for the disk."""
+
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
+        super().__init__(sequence)
 
 
 class Digest:
@@ -51,59 +66,124 @@ class Digest:
         return SealedFile(name, self.size, self.lines, self.crc32, self.sha256)
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A place between two lines: `offset` in the file, and `sequence` and `crc` of the line before it."""
-
-    sequence: int
-    crc: int
-    offset: int
-
-
 class Segment:
-    """Where the durable lines of one file are. One thread adds, any thread looks up."""
+    """Where the durable lines of one file are: 8 bytes a line. One thread adds, any thread looks up.
 
-    __slots__ = ("_crcs", "_offsets", "_sequences", "first", "name", "records", "size")
+    A segment has every sequence from `first` on. A base has some of those up to `last`, and names them.
+    """
 
-    def __init__(self, first: int, crc: int) -> None:
-        """`first` is the sequence of its `open` line, `crc` that of the line before."""
-        self.name = segment_name(first)
+    __slots__ = ("_file", "_offsets", "_sequences", "first", "name", "records", "size")
+
+    def __init__(self, name: str, first: int, *, sequences: array[int] | None = None) -> None:
+        """`first` is the sequence of its first line; `sequences`, of a base, grows by one with each `note`."""
+        self.name = name
         self.first = first
         self.size = 0
         self.records = 0
-        self._sequences = array("Q")
         self._offsets = array("Q")
-        self._crcs = array("L")
-        self.note(first - 1, crc, 0)
+        self._sequences = sequences
+        self._file: BinaryIO | None = None
 
-    def note(self, sequence: int, crc: int, offset: int) -> None:
-        """Remember a point. Points come in ascending order; every `LINES_PER_POINT`th line makes one."""
+    @classmethod
+    def after(cls, sequence: int) -> Segment:
+        """The segment whose first line follows the line `sequence`."""
+        return cls(segment_name(sequence + 1), sequence + 1)
+
+    @property
+    def last(self) -> int:
+        """The sequence of its last line."""
+        return self._sequences[-1] if self._sequences is not None else self.first + len(self._offsets) - 1
+
+    def note(self, offset: int, sequence: int) -> None:
+        """The next line begins here; `size` is set past it afterwards."""
         self._offsets.append(offset)
-        self._crcs.append(crc)
-        # Last, since a reader takes its position from this one.
-        self._sequences.append(sequence)
+        if self._sequences is not None:
+            self._sequences.append(sequence)
 
-    def point_before(self, sequence: int) -> Point:
-        """The last point known that is before the line `sequence`."""
-        index = max(0, bisect_right(self._sequences, sequence - 1) - 1)
-        return Point(self._sequences[index], self._crcs[index], self._offsets[index])
+    def adopt(self, sequences: memoryview, offsets: memoryview, *, records: int) -> None:
+        """Take a base's lines as its index has them: what `dumped` gave."""
+        self._sequences = array("Q")
+        self._sequences.frombytes(sequences)
+        self._offsets.frombytes(offsets)
+        self.records = records
 
+    def dumped(self) -> dict[str, array[int]]:
+        """Its lines, for the index of a base."""
+        return {"sequences": self._sequences or array("Q"), "offsets": self._offsets}
 
-def read_segment(files: Files, folder: Path, segment: Segment, *, after: int, until: int) -> Iterator[Entry]:
-    """The business records of `segment` with `after` < sequence <= `until`, each line checked again.
+    def span(self, sequence: int) -> tuple[int, int] | None:
+        """Where the line begins and ends; None if it is not among the lines."""
+        size = self.size  # before the offsets, which are noted before it grows
+        offsets = self._offsets
+        if self._sequences is None:
+            index = sequence - self.first
+        else:
+            index = bisect_left(self._sequences, sequence)
+            if index == len(self._sequences) or self._sequences[index] != sequence:
+                return None
+        if not 0 <= index < len(offsets):
+            return None
+        return offsets[index], offsets[index + 1] if index + 1 < len(offsets) else size
 
-    Raises JournalDamaged if a line is not any more what it was.
-    """
-    point = segment.point_before(after + 1)
-    if point.sequence >= until:
-        return
-    with files.reader(folder / segment.name) as stream:
-        stream.seek(point.offset)
-        lines = CheckedLines(stream, sequence=point.sequence, crc=point.crc, offset=point.offset)
-        for value in lines:
-            if lines.sequence > after and value["op"] not in CONTROL_OPS:
-                yield entry_of(value)
-            if lines.sequence >= until:
+    def start_after(self, sequence: int) -> int:
+        """Where the first line beyond `sequence` begins; `size` if there is none."""
+        size = self.size
+        index = (
+            max(0, sequence + 1 - self.first) if self._sequences is None else bisect_right(self._sequences, sequence)
+        )
+        return self._offsets[index] if index < len(self._offsets) else size
+
+    def record(self, files: Files, folder: Path, sequence: int, *, wait: bool) -> dict[str, Any]:
+        """The record of that line, checked against its crc.
+
+        Raises KeyError if there is no such line, RecordCold if it is not in memory and `wait` is false, JournalDamaged
+        if it is not what it was.
+        """
+        span = self.span(sequence)
+        if span is None or span[0] == 0:
+            raise KeyError(sequence)
+        start, end = span
+        # With the end of the line before, which holds the crc that this one is chained to.
+        data = self._read(files, folder, start - TAIL_BYTES, end, sequence, wait)
+        seed, line = stored_crc(data[:TAIL_BYTES]), data[TAIL_BYTES:]
+        if seed is None or not checks(line, seed):
+            reason = "the line does not have its checksum"
+            raise JournalDamaged(self.name, offset=start, sequence=sequence, reason=reason)
+        return entry_of(line).record
+
+    def _read(self, files: Files, folder: Path, start: int, end: int, sequence: int, wait: bool) -> bytes:
+        # Kept open: once compaction has removed the file's name, its readers still have its bytes.
+        file = self._file
+        if file is None:
+            file = self._file = files.reader(folder / self.name)
+        try:
+            data = files.pread(file.fileno(), end - start, start, wait=wait)
+        except BlockingIOError:
+            raise RecordCold(sequence) from None
+        if len(data) < end - start and not wait:
+            raise RecordCold(sequence)
+        return data
+
+    def entries(self, files: Files, folder: Path, *, after: int, until: int) -> Iterator[Entry]:
+        """The business records with `after` < sequence <= `until`, each line checked again.
+
+        Raises JournalDamaged if a line is not any more what it was.
+        """
+        # The first line of a file is never a record; each other one is chained to the end of the line before.
+        start = max(self.start_after(after), self.start_after(self.first))
+        with files.reader(folder / self.name) as stream:
+            stream.seek(start - TAIL_BYTES)
+            seed = stored_crc(stream.read(TAIL_BYTES))
+            yield from self._checked(stream, start, seed, until)
+
+    def _checked(self, stream: BinaryIO, start: int, seed: int | None, until: int) -> Iterator[Entry]:
+        lines = CheckedLines(stream, _PLAIN, sequence=-1, crc=seed or 0, offset=start, gapless=False)
+        for _, line in lines:
+            if line.sequence > until:
+                return
+            if line.op not in CONTROL_OPS:
+                yield Entry(line.sequence, line.time_ms, line.op, line.record)
+            if line.sequence == until:
                 return
         if lines.fault:
-            raise JournalDamaged(segment.name, offset=lines.offset, sequence=lines.sequence + 1, reason=lines.fault)
+            raise JournalDamaged(self.name, offset=lines.offset, sequence=lines.sequence + 1, reason=lines.fault)
