@@ -159,13 +159,13 @@ class Metrics:
         """Set all that is read off an open registry and the parts around it."""
         state, catalog, journal = self._state, registry.catalog, registry.journal.stats()
         for gauge, live, deleted in (
-            (state.models, catalog.totals.models, len(catalog.models) - catalog.totals.models),
+            (state.models, catalog.totals.models, catalog.table.models - catalog.totals.models),
             (state.versions, catalog.totals.versions, len(catalog.deleted)),
-            (state.bytes, catalog.totals.bytes, sum(entry.size for entry in catalog.deleted.values())),
+            (state.bytes, catalog.totals.bytes, catalog.deleted_bytes),
         ):
             gauge.labels("live").set(live)
             gauge.labels("deleted").set(deleted)
-        self._mirror_formats({name: len(keys) for name, keys in catalog.by_type.items()})
+        self._mirror_formats(catalog.table.type_counts())
         counts = jobs.counts()
         for job_state in get_args(JobState):
             state.jobs.labels(job_state).set(counts.get(job_state, 0))

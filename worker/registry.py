@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,13 @@ import structlog
 from schemas.errors import ModelManagerError
 from schemas.journal import Idempotency
 from worker.catalog.catalog import Catalog
-from worker.journal import Entry, Journal, JournalFailed, JournalObserver
+from worker.catalog.records import IndexedLine, IndexedRecord
+from worker.catalog.snapshot import load_catalog
+from worker.journal import Entry, Journal, JournalFailed, JournalObserver, RecordCold
 
 _log = structlog.get_logger()
 _T = TypeVar("_T")
 _UNOBSERVED = JournalObserver()
-
-REMEMBERED_REQUESTS = 200_000
-REMEMBERED_MS = 24 * 3600 * 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +57,26 @@ class _KeyedLocks:
                 self._locks[name] = (lock, users - 1)
 
 
+class CatalogReplay:
+    """A catalog as what a journal is replayed into."""
+
+    record = IndexedRecord
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def take(self, lines: Sequence[tuple[bytes, IndexedLine]]) -> None:
+        self._catalog.take(lines)
+
+    def load(self, parts: dict[str, memoryview]) -> bool:
+        return load_catalog(self._catalog, parts)
+
+
 class Registry:
     """Owns the journal and the catalog. Everything but `open` runs on the event loop."""
 
     def __init__(self, folder: Path, *, observe: JournalObserver = _UNOBSERVED) -> None:
-        self.catalog = Catalog()
+        self.catalog = Catalog(self._record)
         self.replay_seconds = 0.0
         self._folder = folder
         self._observe = observe
@@ -71,7 +84,6 @@ class Registry:
         self._locks = _KeyedLocks()
         self._pins: dict[str, int] = {}
         self._unpinned: set[str] = set()
-        self._remembered: OrderedDict[str, tuple[str, int, int]] = OrderedDict()  # key -> hash, sequence, time
         self._listeners: list[Callable[[Entry], None]] = []
         self._moved = asyncio.Event()
         self._transactions: set[asyncio.Task[Any]] = set()
@@ -79,16 +91,13 @@ class Registry:
     def open(self) -> None:
         """Take the lock, verify and replay the journal. Blocking, long for a large one. Raises the journal's errors."""
         started = time.monotonic()
-        catalog = self.catalog = Catalog()
-        self._remembered.clear()
-
-        def replay(entry: Entry) -> None:
-            catalog.apply(entry.op, entry.record, entry.sequence)
-            self._remember(entry)
-
-        self._journal = Journal.open(self._folder, replay=replay, observe=self._observe)
-        catalog.blobs.take_unneeded()  # freed in an earlier life, or found by the sweep
+        catalog = self.catalog = Catalog(self._record)
+        self._journal = Journal.open(self._folder, replay=CatalogReplay(catalog), observe=self._observe)
+        catalog.settle()
         self.replay_seconds = time.monotonic() - started
+
+    def _record(self, sequence: int, *, wait: bool) -> Any:
+        return self.journal.record(sequence, wait=wait)
 
     def start(self) -> None:
         """Take writes from now on."""
@@ -113,6 +122,20 @@ class Registry:
     def opened(self) -> bool:
         return self._journal is not None
 
+    # --- reading ---
+
+    async def look(self, look: Callable[[], _T]) -> _T:
+        """What `look` finds in the catalog. It is run again when a record it needs had to be read from the disk."""
+        while True:
+            try:
+                return look()
+            except RecordCold as cold:
+                await self._warm(cold.sequence)
+
+    async def _warm(self, sequence: int) -> None:
+        # Read once on a thread, it is in the page cache for the second look.
+        await asyncio.to_thread(self.journal.record, sequence)
+
     # --- writing ---
 
     async def transact(self, scope: str, decide: Callable[[], Change | _T], *, pins: Iterable[str] = ()) -> Entry | _T:
@@ -130,7 +153,7 @@ class Registry:
 
     async def _transact(self, scope: str, decide: Callable[[], Change | _T]) -> Entry | _T:
         async def work() -> Entry | _T:
-            outcome = decide()
+            outcome = await self.look(decide)
             if not isinstance(outcome, Change):
                 return outcome
             try:
@@ -146,8 +169,7 @@ class Registry:
 
     def _on_durable(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
-            self.catalog.apply(entry.op, entry.record, entry.sequence)
-            self._remember(entry)
+            self.catalog.apply(entry.op, entry.record, entry.sequence, entry.time_ms)
             for listener in self._listeners:
                 listener(entry)
         self._moved.set()
@@ -171,6 +193,16 @@ class Registry:
         """Keep these blobs from being removed, though no record names them yet."""
         for key in keys:
             self._pins[key] = self._pins.get(key, 0) + 1
+
+    async def pin_stored(self, sha256: str) -> str | None:
+        """Pin the blob that holds these bytes, if the rack has them; its key."""
+        while True:
+            key = await self.look(lambda: self.catalog.blobs.key_of(sha256))
+            if key is None:
+                return None
+            if self.wanted(key):  # it may have gone while its record was read
+                self.pin([key])
+                return key
 
     def unpin(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -196,21 +228,11 @@ class Registry:
 
     # --- repeated requests ---
 
-    def _remember(self, entry: Entry) -> None:
-        idempotency: Idempotency | None = entry.record.get("idem")
-        if idempotency is None:
-            return
-        self._remembered[idempotency["key"]] = (idempotency["hash"], entry.sequence, entry.time_ms)
-        oldest = next(iter(self._remembered.values()))
-        if len(self._remembered) > REMEMBERED_REQUESTS or oldest[2] < entry.time_ms - REMEMBERED_MS:
-            self._remembered.popitem(last=False)
-
     async def recorded(self, idempotency: Idempotency) -> Entry | None:
         """The entry of the effect this request had already; ERR_CONFLICT if the key belongs to another request."""
-        known = self._remembered.get(idempotency["key"])
+        known = self.catalog.requests.get(idempotency["key"])
         if known is None:
             return None
-        request_hash, sequence, _ = known
-        if request_hash != idempotency["hash"]:
+        if known.hash != idempotency["hash"]:
             raise ModelManagerError("ERR_CONFLICT", "This idempotency key was used for another request.")
-        return await asyncio.to_thread(self.journal.entry, sequence)
+        return await asyncio.to_thread(self.journal.entry, known.sequence)

@@ -1,43 +1,155 @@
-"""Which blobs the catalog needs, and under which key the bytes with some digest lie."""
+"""Which blobs the catalog needs, and under which key the bytes with some digest lie.
+
+What a boot finds is kept as sorted hashes, 24 bytes a file; what changes afterwards in dicts beside them. A hash leads
+to the row of a version, whose record tells for certain.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
 
 from schemas.journal import StoredFile
 
+_MIX = 0x9E37_79B9_7F4A_7C15
+_KEY_CHARACTERS = 16
+
+Hashes = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+class Known(Protocol):
+    """What the index asks of the catalog about a row."""
+
+    # Whether the version is there, deleted or not.
+    def has_row(self, row: int) -> bool: ...
+
+    # The files of the version; read from its record.
+    def files_of(self, row: int) -> Sequence[StoredFile]: ...
+
 
 class BlobIndex:
-    """Counted uses of storage keys. A blob nobody needs any more is told once, in `take_unneeded`."""
+    """Uses of storage keys. A blob nobody needs any more is told once, in `take_unneeded`."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Known) -> None:
         self.bytes = 0
+        self._count = 0
+        self._known = known
+        # While a journal is replayed: the files of each row, in columns.
+        self._shas: list[str] = []
+        self._keys: list[str] = []
+        self._sizes = array("Q")
+        self._rows = array("I")
+        # After `settle`: the same, sorted by hash.
+        self._by_sha = _Hashes()
+        self._by_key = _Hashes()
+        self._settled_sizes = np.empty(0, np.uint64)  # in the order of `_by_key`
+        self._settled_rows = 0
+        # Since then, and what uploads need.
         self._uses: dict[str, int] = {}
-        self._content: dict[str, tuple[str, int]] = {}  # key -> (sha256, size), once the bytes are known to be there
         self._key_of: dict[str, str] = {}
+        self._content: dict[str, tuple[str, int]] = {}  # key -> (sha256, size), once the bytes are known to be there
         self._unneeded: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._content)
+        return self._count
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._uses)
+    # --- asking ---
 
     def needs(self, key: str) -> bool:
-        return key in self._uses
+        return key in self._uses or self._settled_uses(key)
 
     def key_of(self, sha256: str) -> str | None:
         """The key of a stored, verified blob with these bytes."""
-        return self._key_of.get(sha256)
+        key = self._key_of.get(sha256)
+        if key is not None:
+            return key
+        for row in self._by_sha.rows_of(int(_sha_hashes([sha256])[0])):
+            if self._known.has_row(row):
+                for file in self._known.files_of(row):
+                    if file["sha256"] == sha256:
+                        return file["key"]
+        return None
+
+    def take_unneeded(self) -> set[str]:
+        """The keys that lost their last use since the last call."""
+        unneeded, self._unneeded = self._unneeded, set()
+        return unneeded
+
+    def _settled_uses(self, key: str) -> bool:
+        if not len(self._by_key.hashes):
+            return False
+        return any(self._known.has_row(row) for row in self._by_key.rows_of(int(_key_hashes([key])[0])))
+
+    # --- folding a replay ---
+
+    def replay(self, row: int, files: Iterable[Any]) -> None:
+        """A version was stored with these files, each with `sha256`, `key` and `size`; before `settle`."""
+        for file in files:
+            self._shas.append(file.sha256)
+            self._keys.append(file.key)
+            self._sizes.append(file.size)
+            self._rows.append(row)
+        if len(self._shas) >= 65_536:
+            self._pack()
+
+    def _pack(self) -> None:
+        """Turn the texts gathered so far into hashes."""
+        self._by_sha.gather(_sha_hashes(self._shas))
+        self._by_key.gather(_key_hashes(self._keys))
+        self._shas.clear()
+        self._keys.clear()
+
+    def settle(self, present: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+        """The replay is over, and these rows are there: from now on `use`, `hold`, `release` and `forget` count."""
+        self._pack()
+        rows = np.frombuffer(self._rows.tobytes(), np.uint32)
+        sizes = np.frombuffer(self._sizes.tobytes(), np.uint64)
+        self._rows, self._sizes = array("I"), array("Q")
+        self._by_sha.sort(rows)
+        order = self._by_key.sort(rows)
+        self._settled_sizes = np.concatenate([self._settled_sizes, sizes])[order]
+        self._settled_rows = len(present)
+        kept = present[self._by_key.rows]
+        _, first = np.unique(self._by_key.hashes[kept], return_index=True)
+        self._count = len(first)
+        self.bytes = int(self._settled_sizes[kept][first].sum())
+        for key, (_, size) in self._content.items():  # what completed uploads brought
+            if not self._settled_uses(key):
+                self._count += 1
+                self.bytes += size
+        self._unneeded.clear()
+
+    def dumped(self) -> dict[str, Any]:
+        """What `settle` made, in parts."""
+        return {
+            "sha": self._by_sha.hashes,
+            "shaRow": self._by_sha.rows,
+            "key": self._by_key.hashes,
+            "keyRow": self._by_key.rows,
+            "keySize": self._settled_sizes,
+        }
+
+    def load(self, parts: dict[str, memoryview]) -> None:
+        """Take what `dumped` gave, into an empty index, before `settle`."""
+        self._by_sha.load(parts["sha"], parts["shaRow"])
+        self._by_key.load(parts["key"], parts["keyRow"])
+        self._settled_sizes = np.frombuffer(parts["keySize"], np.uint64)
+
+    # --- folding what comes after ---
 
     def use(self, files: Iterable[StoredFile]) -> None:
         """Count a use of each file's blob, whose bytes are there and verified."""
         for file in files:
             key, sha256 = file["key"], file["sha256"]
-            self.hold([key])
             if key not in self._content:
+                if not self._settled_uses(key):
+                    self._count += 1
+                    self.bytes += file["size"]
                 self._content[key] = (sha256, file["size"])
-                self.bytes += file["size"]
+            self.hold([key])
             self._key_of.setdefault(sha256, key)
 
     def hold(self, keys: Iterable[str]) -> None:
@@ -47,18 +159,75 @@ class BlobIndex:
             self._unneeded.discard(key)
 
     def release(self, keys: Iterable[str]) -> None:
-        """Take back a use of each key."""
+        """Take back a use of each key that `use` or `hold` counted."""
         for key in keys:
             self._uses[key] -= 1
             if self._uses[key] == 0:
                 del self._uses[key]
-                self._unneeded.add(key)
                 sha256, size = self._content.pop(key, ("", 0))
-                self.bytes -= size
                 if self._key_of.get(sha256) == key:
                     del self._key_of[sha256]
+                if not self._settled_uses(key):
+                    if sha256:
+                        self._drop(key, size)
+                    else:
+                        self._unneeded.add(key)
 
-    def take_unneeded(self) -> set[str]:
-        """The keys that lost their last use since the last call."""
-        unneeded, self._unneeded = self._unneeded, set()
-        return unneeded
+    def forget(self, row: int, files: Sequence[StoredFile]) -> None:
+        """The version in `row`, which is gone by now, needs its files no more."""
+        if row >= self._settled_rows:
+            self.release(file["key"] for file in files)
+            return
+        for key, size in {file["key"]: file["size"] for file in files}.items():
+            if not self.needs(key):
+                self._drop(key, size)
+
+    def _drop(self, key: str, size: int) -> None:
+        self._unneeded.add(key)
+        self._count -= 1
+        self.bytes -= size
+
+
+class _Hashes:
+    """Hashes of texts and the rows they lead to, sorted once all are gathered."""
+
+    def __init__(self) -> None:
+        self._gathered: list[Hashes] = []
+        self.hashes: Hashes = np.empty(0, np.uint64)
+        self.rows: np.ndarray[Any, np.dtype[np.uint32]] = np.empty(0, np.uint32)
+
+    def gather(self, hashes: Hashes) -> None:
+        self._gathered.append(hashes)
+
+    def load(self, hashes: memoryview, rows: memoryview) -> None:
+        self.hashes, self.rows = np.frombuffer(hashes, np.uint64), np.frombuffer(rows, np.uint32)
+
+    def sort(self, rows: np.ndarray[Any, np.dtype[np.uint32]]) -> np.ndarray[Any, Any]:
+        """Sort in what was gathered, each with its row: the places it all had before, old ones first."""
+        settled = len(self.hashes)
+        hashes = np.concatenate([self.hashes, *self._gathered])
+        self._gathered.clear()
+        # Where most is sorted already, a merge sort only merges.
+        order = np.argsort(hashes, kind="stable" if settled else None)
+        self.hashes, self.rows = hashes[order], np.concatenate([self.rows, rows])[order]
+        return order
+
+    def rows_of(self, value: int) -> list[int]:
+        wanted = np.uint64(value)
+        start = np.searchsorted(self.hashes, wanted, "left")
+        end = np.searchsorted(self.hashes, wanted, "right")
+        rows: list[int] = self.rows[start:end].tolist()
+        return rows
+
+
+def _sha_hashes(shas: Sequence[str]) -> Hashes:
+    """The first 8 bytes of each sha256."""
+    return np.frombuffer(bytes.fromhex("".join([sha[:16] for sha in shas])), ">u8").astype(np.uint64)
+
+
+def _key_hashes(keys: Sequence[str]) -> Hashes:
+    """The last 16 characters of each key, which are the random part of a ULID, mixed into one number."""
+    text = "".join([key[-_KEY_CHARACTERS:].rjust(_KEY_CHARACTERS) for key in keys])
+    pairs = np.frombuffer(text.encode("latin-1"), "<u8").reshape(-1, 2)
+    mixed: Hashes = pairs[:, 0] * np.uint64(_MIX) ^ pairs[:, 1]
+    return mixed

@@ -1,21 +1,43 @@
-"""The fold: records in, indexes out."""
+"""The fold: records in, indexes out.
+
+The journal has the records, the catalog where they are: columns with a row a version, and what finds a row. What else
+is asked of a version is read from its records when it is asked for.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from array import array
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+import orjson
 
 from schemas.errors import ModelManagerError
 from schemas.ids import LATEST
+from schemas.journal import StoredFile
 from schemas.wire import timestamp
 from worker.catalog.blobs import BlobIndex
-from worker.catalog.entries import JobEntry, ModelEntry, UploadEntry, VersionEntry
-from worker.catalog.order import SortedKeys
+from worker.catalog.entries import Deletion, JobEntry, ModelEntry, UploadEntry, VersionEntry
+from worker.catalog.order import Order, Rows
+from worker.catalog.records import IndexedLine, IndexedRecord
+from worker.catalog.requests import RememberedRequest, RememberedRequests
+from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, VersionTable
 
-_KEPT_JOBS = 10_000
-_KEPT_UPLOADS = 10_000
+KEPT_MS = 7 * 24 * 3600 * 1000  # uploads and jobs, after they ended
+_KEPT_MOST = 10_000
+_CACHED_ENTRIES = 512
+_CACHED_FILES_MOST = 64
+
+
+class Records(Protocol):
+    """Where the catalog reads records."""
+
+    # The record at a sequence. Without `wait` it may raise instead of waiting for the disk.
+    def __call__(self, sequence: int, *, wait: bool) -> Any: ...
 
 
 @dataclass(slots=True)
@@ -28,19 +50,30 @@ class Totals:
 
 
 class Catalog:
-    """The registry's state after the records applied so far. Reads never change it."""
+    """The registry's state after the records applied so far. Reads never change it.
 
-    def __init__(self) -> None:
+    What gives a VersionEntry reads records, and raises as `records` does.
+    """
+
+    def __init__(self, records: Records) -> None:
         self.totals = Totals()
-        self.models: dict[str, ModelEntry] = {}  # by the id in lower case: ids are unique ignoring case
+        self.table = VersionTable()
         self.uploads: dict[str, UploadEntry] = {}
         self.jobs: dict[str, JobEntry] = {}
-        self._orders = {"modelId": SortedKeys()}
-        self.by_type: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
-        self.by_tag: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
-        self.deleted: dict[tuple[str, str], VersionEntry] = {}
-        self.blobs = BlobIndex()  # needed by versions, deleted ones inside their undo window included, and by uploads
-        self._apply = {
+        self.requests = RememberedRequests()
+        self.deleted: dict[int, Deletion] = {}  # by row
+        self.restored: dict[int, int] = {}  # row -> sequence of the last `restore`
+        self.aliases: dict[str, dict[str, tuple[str, int]]] = {}  # model in lower case -> alias -> version, sequence
+        self.by_tag: dict[str, array[int]] = {}  # rows, ascending; see `tagged`
+        self.blobs = BlobIndex(self)  # needed by versions, deleted ones inside their undo window included, and uploads
+        self.orders: dict[str, Order] = {}
+        self.tombstones = array("Q")  # sequences of what took something away or back
+        self.tombstone_times = array("Q")  # their times, unix ms
+        self.time_ms = 0  # of the newest record
+        self._records = records
+        self._entries: OrderedDict[int, VersionEntry] = OrderedDict()
+        self._replaying = True
+        self._apply: dict[str, Callable[[Any, int, int], None]] = {
             "store": self._store,
             "update": self._update,
             "delete": self._delete,
@@ -57,218 +90,331 @@ class Catalog:
 
     def model(self, model_id: str) -> ModelEntry | None:
         """The model with exactly this id."""
-        entry = self.models.get(model_id.lower())
-        return entry if entry is not None and entry.id == model_id else None
+        row = self.table.newest(model_id)
+        if row == NO_ROW or self.table.model[row] != model_id:
+            return None
+        rows = sorted(self.table.rows(model_id))
+        names = {self.table.version[row]: row for row in rows}
+        aliases = {alias: version for alias, (version, _) in self.aliases.get(model_id.lower(), {}).items()}
+        return ModelEntry(model_id, _Versions(self, names), aliases)
 
     def case_twin(self, model_id: str) -> str | None:
         """The id of a model that differs from `model_id` in case only."""
-        entry = self.models.get(model_id.lower())
-        return entry.id if entry is not None and entry.id != model_id else None
+        row = self.table.newest(model_id)
+        return None if row == NO_ROW or self.table.model[row] == model_id else self.table.model[row]
 
     def find(self, model_id: str, version: str) -> VersionEntry | None:
         """That very version, deleted ones included; no alias."""
-        model = self.model(model_id)
-        return None if model is None else model.versions.get(version)
+        row = self.table.find(model_id, version)
+        return None if row == NO_ROW else self.entry(row)
 
     def resolve(self, model_id: str, reference: str) -> VersionEntry:
         """The version that a version, an alias or `latest` means; ERR_MODEL_NOT_FOUND, also for a deleted one."""
-        model = self.model(model_id)
-        if model is None:
+        table = self.table
+        row = table.newest(model_id)
+        if row == NO_ROW or table.model[row] != model_id:
             raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"There is no model {model_id}.", modelId=model_id)
-        named = model.aliases.get(reference, reference)
-        entry = model.latest() if reference == LATEST else model.versions.get(named)
-        if entry is None:
+        if reference == LATEST:
+            row = next((row for row in table.rows(model_id) if not table.state[row] & DELETED), NO_ROW)
+        else:
+            aliases = self.aliases.get(model_id.lower())
+            named = aliases[reference][0] if aliases is not None and reference in aliases else reference
+            row = table.find(model_id, named)
+        if row == NO_ROW:
             raise ModelManagerError(
                 "ERR_MODEL_NOT_FOUND",
                 f"{model_id} has no version or alias {reference}.",
                 modelId=model_id,
                 version=reference,
             )
-        if entry.deleted_at is not None:
-            details = {"modelId": model_id, "version": entry.version, "deletedAt": timestamp(entry.deleted_at)}
-            if entry.restorable_until is not None:
-                details["restorableUntil"] = timestamp(entry.restorable_until)
-            raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"{model_id}:{entry.version} is deleted.", **details)
+        deletion = self.deleted.get(row)
+        if deletion is not None:
+            version = table.version[row]
+            details = {"modelId": model_id, "version": version, "deletedAt": timestamp(deletion.at)}
+            if deletion.until is not None:
+                details["restorableUntil"] = timestamp(deletion.until)
+            raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"{model_id}:{version} is deleted.", **details)
+        return self.entry(row)
+
+    def entry(self, row: int, *, wait: bool = False) -> VersionEntry:
+        """The version in a row that is there."""
+        entry = self._entries.get(row)
+        if entry is not None:
+            self._entries.move_to_end(row)
+            return entry
+        stored, updated = self.table.stored[row], self.table.updated[row]
+        store = self._records(stored, wait=wait)
+        update = self._records(updated, wait=wait) if updated else None
+        entry = VersionEntry.of(stored, store, update, self.deleted.get(row))
+        self._remember_entry(row, entry)
         return entry
 
-    def entry(self, key: tuple[str, str]) -> VersionEntry | None:
-        """The live version under a (model, version) key of the orders."""
-        entry = self.find(*key)
-        return None if entry is None or entry.deleted_at is not None else entry
-
-    def order(self, sort: str) -> SortedKeys:
-        """The live versions' `sort_key`s, in order. Orders other than by id are made when they are first asked for."""
-        order = self._orders.get(sort)
-        if order is None:
-            order = self._orders[sort] = SortedKeys()
-            for key in self._orders["modelId"].walk():
-                entry = self.entry(key)
-                if entry is not None:
-                    order.add(sort_key(entry, sort))
-        return order
+    def _remember_entry(self, row: int, entry: VersionEntry) -> None:
+        if len(entry.files) <= _CACHED_FILES_MOST:
+            self._entries[row] = entry
+            if len(self._entries) > _CACHED_ENTRIES:
+                self._entries.popitem(last=False)
 
     def aliases_of(self, entry: VersionEntry) -> list[str]:
-        model = self.model(entry.model)
-        return [] if model is None else model.aliases_of(entry.version)
+        aliases = self.aliases.get(entry.model.lower())
+        if aliases is None:
+            return []
+        return sorted(alias for alias, (version, _) in aliases.items() if version == entry.version)
+
+    def deleted_versions(self) -> Iterator[tuple[str, str, Deletion]]:
+        """Model, version and deletion of what is inside its undo window."""
+        for row, deletion in list(self.deleted.items()):
+            yield self.table.model[row], self.table.version[row], deletion
+
+    @property
+    def deleted_bytes(self) -> int:
+        return sum(self.table.size[row] for row in self.deleted)
+
+    def has_row(self, row: int) -> bool:
+        """Whether the version in the row is there, deleted or not."""
+        return not self.table.state[row] & FORGOTTEN
+
+    def files_of(self, row: int) -> Sequence[StoredFile]:
+        return self.entry(row).files
+
+    def tagged(self, tag: str) -> Rows:
+        """Ascending, all visible rows with this tag; and some that had it, or are not visible any more."""
+        return np.frombuffer(self.by_tag.get(tag, array("I")).tobytes(), np.uint32)
 
     # --- folding ---
 
-    def apply(self, op: str, record: Any, sequence: int) -> None:
-        """Fold one record. One that does not fit what came before raises KeyError, which stops the boot."""
-        self._apply[op](record, sequence)
+    def apply(self, op: str, record: Any, sequence: int, time_ms: int) -> None:
+        """Fold one record that comes after the replay. One about what is not there changes nothing."""
+        self._apply[op](record, sequence, time_ms)
+        self.time_ms = max(self.time_ms, time_ms)
+        idem = record.get("idem")
+        if idem is not None:
+            self.requests.add(idem["key"], RememberedRequest(idem["hash"], sequence, time_ms))
 
-    def _store(self, record: Any, sequence: int) -> None:
-        entry = VersionEntry(
-            model=record["model"],
-            version=record["version"],
-            type=record["type"],
-            files=tuple(record["files"]),
-            metadata=record["metadata"],
-            checksum=record["checksum"],
-            size=record["size"],
-            created=record["created"],
-            origin=record["origin"],
-            replicas=tuple(record["replicas"]),
-            sequence=sequence,
-        )
-        model = self.models.setdefault(entry.model.lower(), ModelEntry(entry.model))
-        model.versions[entry.version] = entry
-        self.blobs.use(entry.files)
-        self._show(entry)
-        upload = self.uploads.get(record.get("upload", ""))
-        if upload is not None:
-            self.blobs.release(upload.keys)
-            upload.state = "stored"
+    # What of a record is decoded for `take`.
+    record = IndexedRecord
 
-    def _update(self, record: Any, sequence: int) -> None:
-        entry = self.models[record["model"].lower()].versions[record["version"]]
-        self._hide_tags(entry)
-        entry.metadata = record["metadata"]
-        entry.replicas = tuple(record["replicas"])
-        entry.revision = record["revision"]
-        entry.quarantined = record["state"] == "quarantined"
-        self._show_tags(entry)
+    def take(self, lines: Sequence[tuple[bytes, IndexedLine]]) -> None:
+        """Fold a block of a replay."""
+        if lines:
+            self.time_ms = max(self.time_ms, lines[-1][1].time_ms)
+        by_tag = self.by_tag
+        for data, line in lines:
+            record = line.record
+            if line.op == "store":
+                row = self._add(
+                    record.model, record.version or "", record.type, record.size, record.created, line.sequence
+                )
+                self.blobs.replay(row, record.files)
+                for tag in record.metadata.tags:
+                    rows = by_tag.get(tag)
+                    if rows is None:
+                        rows = by_tag[tag] = array("I")
+                    rows.append(row)
+                if record.upload:
+                    self._upload_stored(record.upload, line.sequence, line.time_ms)
+            else:
+                self._apply[line.op](orjson.loads(data)["rec"], line.sequence, line.time_ms)
+            if record.idem is not None:
+                self.requests.add(record.idem.key, RememberedRequest(record.idem.hash, line.sequence, line.time_ms))
 
-    def _delete(self, record: Any, sequence: int) -> None:
-        model = self.models[record["model"].lower()]
-        for version in record["versions"]:
-            entry = model.versions[version]
-            if entry.deleted_at is None:
-                self._hide(entry)
-            entry.deleted_at = record["deleted"]
-            entry.restorable_until = record.get("until")
-            self.deleted[(entry.model, version)] = entry
-        if "until" not in record:
-            self._forget(model, record["versions"])
+    def settle(self) -> None:
+        """The replay is over."""
+        self.blobs.settle((np.frombuffer(bytes(self.table.state), np.uint8) & FORGOTTEN) == 0)
+        self._replaying = False
 
-    def _restore(self, record: Any, sequence: int) -> None:
-        model = self.models[record["model"].lower()]
-        for version in record["versions"]:
-            entry = model.versions[version]
-            entry.deleted_at = entry.restorable_until = None
-            self.deleted.pop((entry.model, version), None)
-            self._show(entry)
+    def _add(self, model: str, version: str, kind: str, size: int, created: int, sequence: int) -> int:
+        table, totals = self.table, self.totals
+        row = table.add(model, version, kind, size, created, sequence)
+        older = table.older[row]
+        if older == NO_ROW or (table.state[older] and not self._visible_before(row)):
+            totals.models += 1
+        totals.versions += 1
+        totals.bytes += size
+        for order in self.orders.values():
+            order.add(row)
+        return row
 
-    def _purge(self, record: Any, sequence: int) -> None:
-        self._forget(self.models[record["model"].lower()], record["versions"])
+    def _visible_before(self, row: int) -> bool:
+        table = self.table
+        row = table.older[row]
+        while row != NO_ROW:
+            if not table.state[row] & DELETED:
+                return True
+            row = table.older[row]
+        return False
 
-    def _forget(self, model: ModelEntry, versions: list[str]) -> None:
-        for version in versions:
-            entry = model.versions.pop(version)
-            self.deleted.pop((entry.model, version), None)
-            self.blobs.release(file["key"] for file in entry.files)
-            for alias in model.aliases_of(version):
-                del model.aliases[alias]
-        if not model.versions:
-            self.models.pop(model.id.lower(), None)
+    def _store(self, record: Any, sequence: int, time_ms: int) -> None:
+        row = self._add(record["model"], record["version"], record["type"], record["size"], record["created"], sequence)
+        self.blobs.use(record["files"])
+        self._tag(row, record["metadata"])
+        self._remember_entry(row, VersionEntry.of(sequence, record, None, None))
+        if "upload" in record:
+            self._upload_stored(record["upload"], sequence, time_ms)
 
-    def _alias(self, record: Any, sequence: int) -> None:
-        aliases = self.models[record["model"].lower()].aliases
+    def _update(self, record: Any, sequence: int, time_ms: int) -> None:
+        row = self.table.find(record["model"], record["version"])
+        if row == NO_ROW:
+            return
+        self.table.updated[row] = sequence
+        self._set(row, QUARANTINED, record["state"] == "quarantined")
+        self._tag(row, record["metadata"])
+
+    def _delete(self, record: Any, sequence: int, time_ms: int) -> None:
+        self._note_tombstone(sequence, time_ms)
+        for row in self._rows_of(record):
+            if row not in self.deleted:
+                self._hide(row)
+            self.deleted[row] = Deletion(record["deleted"], record.get("until"), sequence)
+            if "until" not in record:
+                self._forget(row)
+
+    def _restore(self, record: Any, sequence: int, time_ms: int) -> None:
+        self._note_tombstone(sequence, time_ms)
+        for row in self._rows_of(record):
+            if self.deleted.pop(row, None) is not None:
+                self.restored[row] = sequence
+                self._show(row)
+
+    def _purge(self, record: Any, sequence: int, time_ms: int) -> None:
+        self._note_tombstone(sequence, time_ms)
+        for row in self._rows_of(record):
+            if row not in self.deleted:
+                self._hide(row)
+            self._forget(row)
+
+    def _note_tombstone(self, sequence: int, time_ms: int) -> None:
+        self.tombstones.append(sequence)
+        self.tombstone_times.append(time_ms)
+
+    def _rows_of(self, record: Any) -> list[int]:
+        found = [self.table.find(record["model"], version) for version in record["versions"]]
+        return [row for row in found if row != NO_ROW]
+
+    def _forget(self, row: int) -> None:
+        table = self.table
+        model, version = table.model[row], table.version[row]
+        # A fold cannot be put off; most often the version was read just before, for the decision.
+        files = () if self._replaying else self.entry(row, wait=True).files
+        self.deleted.pop(row, None)
+        self.restored.pop(row, None)
+        self._entries.pop(row, None)
+        table.forget(row)
+        if not self._replaying:
+            self.blobs.forget(row, files)
+        aliases = self.aliases.get(model.lower(), {})
+        for alias in [alias for alias, (target, _) in aliases.items() if target == version]:
+            self._drop_alias(model, alias)
+
+    def _alias(self, record: Any, sequence: int, time_ms: int) -> None:
         if record["version"] is None:
-            aliases.pop(record["alias"], None)
-        else:
-            aliases[record["alias"]] = record["version"]
+            self._note_tombstone(sequence, time_ms)
+            self._drop_alias(record["model"], record["alias"])
+        elif self.table.newest(record["model"]) != NO_ROW:
+            aliases = self.aliases.setdefault(record["model"].lower(), {})
+            aliases[record["alias"]] = (record["version"], sequence)
 
-    def _upload_begin(self, record: Any, sequence: int) -> None:
+    def _drop_alias(self, model: str, alias: str) -> None:
+        aliases = self.aliases.get(model.lower())
+        if aliases is not None:
+            aliases.pop(alias, None)
+            if not aliases:
+                del self.aliases[model.lower()]
+
+    def _upload_begin(self, record: Any, sequence: int, time_ms: int) -> None:
         upload = UploadEntry(
             record["upload"], record["model"], record["version"], tuple(record["files"]), record["expires"]
         )
+        upload.sequences.append(sequence)
         self.uploads[upload.id] = upload
         self.blobs.hold(upload.keys)
-        _keep(self.uploads, _KEPT_UPLOADS, lambda entry: entry.state not in ("open", "completed"))
+        _drop_over(self.uploads, time_ms)
 
-    def _upload_end(self, record: Any, sequence: int) -> None:
-        upload = self.uploads[record["upload"]]
+    def _upload_end(self, record: Any, sequence: int, time_ms: int) -> None:
+        upload = self.uploads.get(record["upload"])
+        if upload is None:
+            return
         before = upload.keys
         upload.state = record["state"]
         upload.stored_files = tuple(record.get("files", ()))
+        upload.sequences.append(sequence)
+        upload.over = None if upload.state == "completed" else time_ms
         self.blobs.use(upload.stored_files)
         self.blobs.release(before)
 
-    def _job_begin(self, record: Any, sequence: int) -> None:
-        self.jobs[record["job"]] = JobEntry(record["job"], record["method"], record["params"], record["created"])
-        _keep(self.jobs, _KEPT_JOBS, lambda entry: entry.ended)
+    def _upload_stored(self, upload_id: str, sequence: int, time_ms: int) -> None:
+        upload = self.uploads.get(upload_id)
+        if upload is not None:
+            self.blobs.release(upload.keys)
+            upload.state, upload.over = "stored", time_ms
+            upload.sequences.append(sequence)
 
-    def _job_end(self, record: Any, sequence: int) -> None:
-        job = self.jobs[record["job"]]
-        job.state = record["state"]
-        job.result = record.get("result")
-        job.error = record.get("error")
+    def _job_begin(self, record: Any, sequence: int, time_ms: int) -> None:
+        job = JobEntry(record["job"], record["method"], record["params"], record["created"])
+        job.sequences.append(sequence)
+        self.jobs[job.id] = job
+        _drop_over(self.jobs, time_ms)
 
-    # --- indexes ---
+    def _job_end(self, record: Any, sequence: int, time_ms: int) -> None:
+        job = self.jobs.get(record["job"])
+        if job is not None:
+            job.state = record["state"]
+            job.result = record.get("result")
+            job.error = record.get("error")
+            job.sequences.append(sequence)
+            job.over = time_ms
 
-    def _show(self, entry: VersionEntry) -> None:
-        for sort, order in self._orders.items():
-            order.add(sort_key(entry, sort))
-        self.by_type[entry.type].add((entry.model, entry.version))
-        self._show_tags(entry)
-        model = self.models[entry.model.lower()]
-        model.live += 1
-        self.totals.models += model.live == 1
-        self.totals.versions += 1
-        self.totals.bytes += entry.size
+    # --- what is seen ---
 
-    def _hide(self, entry: VersionEntry) -> None:
-        for sort, order in self._orders.items():
-            order.discard(sort_key(entry, sort))
-        self.by_type[entry.type].discard((entry.model, entry.version))
-        self._hide_tags(entry)
-        model = self.models[entry.model.lower()]
-        model.live -= 1
-        self.totals.models -= model.live == 0
-        self.totals.versions -= 1
-        self.totals.bytes -= entry.size
+    def _show(self, row: int) -> None:
+        table, totals = self.table, self.totals
+        totals.models += not table.has_visible(table.model[row])
+        totals.versions += 1
+        totals.bytes += table.size[row]
+        self._set(row, DELETED, False)
 
-    def _show_tags(self, entry: VersionEntry) -> None:
-        for tag in entry.metadata.get("tags", ()):
-            self.by_tag[tag].add((entry.model, entry.version))
+    def _hide(self, row: int) -> None:
+        table, totals = self.table, self.totals
+        self._set(row, DELETED, True)
+        totals.models -= not table.has_visible(table.model[row])
+        totals.versions -= 1
+        totals.bytes -= table.size[row]
 
-    def _hide_tags(self, entry: VersionEntry) -> None:
-        for tag in entry.metadata.get("tags", ()):
-            keys = self.by_tag[tag]
-            keys.discard((entry.model, entry.version))
-            if not keys:
-                del self.by_tag[tag]
+    def _set(self, row: int, flag: int, value: bool) -> None:
+        state = self.table.state[row]
+        self.table.state[row] = state | flag if value else state & ~flag
+        self._entries.pop(row, None)
 
-
-def sort_key(entry: VersionEntry, sort: str) -> tuple[Any, ...]:
-    """A tuple that ends in (model, version) and orders as `sort` says, with ties by id and version either way."""
-    match sort:
-        case "size":
-            return (entry.size, entry.model, entry.version)
-        case "-size":
-            return (-entry.size, entry.model, entry.version)
-        case "createdAt":
-            return (entry.created, entry.model, entry.version)
-        case "-createdAt":
-            return (-entry.created, entry.model, entry.version)
-        case _:
-            return (entry.model, entry.version)
+    def _tag(self, row: int, metadata: dict[str, Any]) -> None:
+        for tag in metadata.get("tags", ()):
+            rows = self.by_tag.setdefault(tag, array("I"))
+            place = bisect_left(rows, row)
+            if place == len(rows) or rows[place] != row:
+                rows.insert(place, row)
 
 
-def _keep(entries: dict[str, Any], most: int, is_over: Callable[[Any], bool]) -> None:
-    """Drop the oldest entry that is over, while there are more than `most`."""
-    if len(entries) > most:
-        oldest = next((key for key, entry in entries.items() if is_over(entry)), None)
-        if oldest is not None:
-            del entries[oldest]
+class _Versions(Mapping[str, VersionEntry]):
+    """The versions of a model, each read when it is asked for."""
+
+    def __init__(self, catalog: Catalog, rows: dict[str, int]) -> None:
+        self._catalog = catalog
+        self._rows = rows
+
+    def __getitem__(self, version: str) -> VersionEntry:
+        return self._catalog.entry(self._rows[version])
+
+    def __contains__(self, version: object) -> bool:
+        return version in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def _drop_over(entries: dict[str, Any], now_ms: int) -> None:
+    """Drop the oldest entry that is over, if its time is, or there are more than are kept."""
+    oldest = next((key for key, entry in entries.items() if entry.over is not None), None)
+    if oldest is not None and (len(entries) > _KEPT_MOST or entries[oldest].over < now_ms - KEPT_MS):
+        del entries[oldest]

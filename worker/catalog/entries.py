@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from schemas.ids import digest_of
-from schemas.journal import PlannedFile, StoredFile
+from schemas.journal import PlannedFile, StoredFile, StoreRecord, UpdateRecord
 from schemas.model import File, ListedVersion, State
 from schemas.rpc import JobState, MetadataReply
 from schemas.wire import timestamp
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """A delete inside its undo window: unix milliseconds, and the sequence of its record."""
+
+    at: int
+    until: int | None
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
 class VersionEntry:
-    """A stored version. `checksum` is sha256 in hex, times are unix milliseconds, `sequence` is its `store` record's.
+    """A stored version, as its records say. `checksum` is sha256 in hex, times are unix milliseconds, `sequence` is its
+    `store` record's.
 
     `deleted_at` is set from a delete until a restore or the end of the undo window, at which the entry goes.
     """
@@ -34,6 +45,29 @@ class VersionEntry:
     quarantined: bool = False
     deleted_at: int | None = None
     restorable_until: int | None = None
+
+    @classmethod
+    def of(
+        cls, sequence: int, store: StoreRecord, update: UpdateRecord | None, deletion: Deletion | None
+    ) -> VersionEntry:
+        """The version that was stored by the record `store` at `sequence`, and changed last by `update`."""
+        return cls(
+            model=store["model"],
+            version=store["version"],
+            type=store["type"],
+            files=tuple(store["files"]),
+            metadata=store["metadata"] if update is None else update["metadata"],
+            checksum=store["checksum"],
+            size=store["size"],
+            created=store["created"],
+            origin=store["origin"],
+            replicas=tuple((update or store)["replicas"]),
+            sequence=sequence,
+            revision=1 if update is None else update["revision"],
+            quarantined=update is not None and update["state"] == "quarantined",
+            deleted_at=None if deletion is None else deletion.at,
+            restorable_until=None if deletion is None else deletion.until,
+        )
 
     @property
     def state(self) -> State:
@@ -86,18 +120,13 @@ def file_view(file: StoredFile) -> File:
     }
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """A model: its versions in the order they were stored, its aliases, and how many versions are not deleted."""
+    """A model: its versions in the order they were stored, deleted ones included, and its aliases."""
 
     id: str
-    live: int = 0
-    versions: dict[str, VersionEntry] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-
-    def latest(self) -> VersionEntry | None:
-        """The version stored last among those that are not deleted."""
-        return next((entry for entry in reversed(self.versions.values()) if entry.deleted_at is None), None)
+    versions: Mapping[str, VersionEntry]
+    aliases: Mapping[str, str]
 
     def aliases_of(self, version: str) -> list[str]:
         return sorted(alias for alias, target in self.aliases.items() if target == version)
@@ -105,7 +134,8 @@ class ModelEntry:
 
 @dataclass(slots=True)
 class UploadEntry:
-    """An upload. `stored_files` are there once it is completed: verified bytes that wait for `storeModel`."""
+    """An upload. `stored_files` are there once it is completed: verified bytes that wait for `storeModel`. `sequences`
+    are those of its records, `over` is when it ended (unix ms)."""
 
     id: str
     model: str
@@ -114,6 +144,8 @@ class UploadEntry:
     expires: int
     state: Literal["open", "completed", "stored", "aborted", "expired"] = "open"
     stored_files: tuple[StoredFile, ...] = ()
+    sequences: list[int] = field(default_factory=list)
+    over: int | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -125,7 +157,8 @@ class UploadEntry:
 
 @dataclass(slots=True)
 class JobEntry:
-    """A job. `ended` is false until its end is recorded."""
+    """A job. `ended` is false until its end is recorded. `sequences` are those of its records, `over` is when it ended
+    (unix ms)."""
 
     id: str
     method: str
@@ -134,6 +167,8 @@ class JobEntry:
     state: JobState = "queued"
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
+    sequences: list[int] = field(default_factory=list)
+    over: int | None = None
 
     @property
     def ended(self) -> bool:

@@ -1,53 +1,94 @@
-"""Sorted keys with cheap bulk loading and paging from any place."""
+"""Rows in some order, in blocks: 4 bytes a row, cheap to add to, walked from any place."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 
-class SortedKeys:
-    """A sorted list of unique tuples. Adding many at once is lazy: they are sorted in when the order is next needed."""
+Key = tuple[Any, ...]
+Rows = np.ndarray[Any, np.dtype[np.uint32]]
 
-    def __init__(self) -> None:
-        self._keys: list[tuple[Any, ...]] = []
-        self._added: list[tuple[Any, ...]] = []
+BLOCK_ROWS = 2048
 
-    def __len__(self) -> int:
-        return len(self._keys) + len(self._added)
 
-    def add(self, key: tuple[Any, ...]) -> None:
-        self._added.append(key)
+class Order:
+    """Rows sorted by `key`, which never changes for a row. A row is never taken out: who walks skips what is gone.
 
-    def discard(self, key: tuple[Any, ...]) -> None:
-        keys = self._sorted()
-        index = bisect_left(keys, key)
-        if index < len(keys) and keys[index] == key:
-            del keys[index]
+    Settle it before a walk.
+    """
 
-    def walk(self, after: tuple[Any, ...] | None = None, *, backwards: bool = False) -> Iterator[tuple[Any, ...]]:
-        """The keys beyond `after`, in order. Keys may be added and removed while walking; no key is given twice."""
-        block = 512
-        while True:
-            keys = self._sorted()
-            if backwards:
-                end = len(keys) if after is None else bisect_left(keys, after)
-                page = keys[max(0, end - block) : end][::-1]
-            else:
-                begin = 0 if after is None else bisect_right(keys, after)
-                page = keys[begin : begin + block]
-            if not page:
-                return
-            yield from page
-            after = page[-1]
+    def __init__(self, key: Callable[[int], Key]) -> None:
+        self._key = key
+        self._blocks: list[array[int]] = []
+        self._added: list[int] = []
+        self.filled = 0
+        """How many rows `fill` brought."""
 
-    def _sorted(self) -> list[tuple[Any, ...]]:
-        if len(self._added) > 64:
-            self._keys += self._added
-            self._keys.sort()
-        else:
-            for key in self._added:
-                insort(self._keys, key)
-        self._added.clear()
-        return self._keys
+    def fill(self, rows: Rows) -> None:
+        """Take rows that are sorted already, into an empty order."""
+        data = rows.astype(np.uint32, copy=False)
+        self._blocks = [
+            array("I", data[start : start + BLOCK_ROWS].tobytes()) for start in range(0, len(data), BLOCK_ROWS)
+        ]
+        self.filled = len(data)
+
+    def add(self, row: int) -> None:
+        """Sorted in by `settle`, when the order is next asked for."""
+        self._added.append(row)
+
+    def settle(self, most: int) -> bool:
+        """Sort in up to `most` of the rows that were added: whether all are in now."""
+        added, self._added = self._added[:most], self._added[most:]
+        for row in added:
+            self._insert(row)
+        return not self._added
+
+    def _insert(self, row: int) -> None:
+        key = self._key(row)
+        if not self._blocks:
+            self._blocks.append(array("I", [row]))
+            return
+        index = max(0, bisect_right(self._blocks, key, key=self._first) - 1)
+        block = self._blocks[index]
+        block.insert(bisect_right(block, key, key=self._key), row)
+        if len(block) > 2 * BLOCK_ROWS:
+            self._blocks[index : index + 1] = [block[:BLOCK_ROWS], block[BLOCK_ROWS:]]
+
+    def beyond(self, after: Key | None, *, backwards: bool = False) -> Rows:
+        """The next rows behind the key `after` (None: from the start) in the order walked: at most a block of them, and
+        none at the end."""
+        if backwards:
+            return self._before(after)
+        index = 0 if after is None else max(0, bisect_right(self._blocks, after, key=self._first) - 1)
+        while index < len(self._blocks):
+            block = self._blocks[index]
+            start = 0 if after is None else bisect_right(block, after, key=self._key)
+            if start < len(block):
+                return _rows(block[start:])
+            index += 1
+        return _rows(array("I"))
+
+    def _before(self, after: Key | None) -> Rows:
+        index = len(self._blocks) - 1 if after is None else bisect_left(self._blocks, after, key=self._first) - 1
+        while index >= 0:
+            block = self._blocks[index]
+            end = len(block) if after is None else bisect_left(block, after, key=self._key)
+            if end > 0:
+                return _rows(block[:end])[::-1]
+            index -= 1
+        return _rows(array("I"))
+
+    def dumped(self) -> bytes:
+        """All rows in order, u32 each; settled."""
+        return b"".join(block.tobytes() for block in self._blocks)
+
+    def _first(self, block: array[int]) -> Key:
+        return self._key(block[0])
+
+
+def _rows(block: array[int]) -> Rows:
+    return np.frombuffer(block.tobytes(), np.uint32)

@@ -6,12 +6,14 @@ import asyncio
 import base64
 import binascii
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from hashlib import sha256
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import orjson
 from pydantic import ValidationError
 
@@ -19,29 +21,50 @@ from schemas.errors import ModelManagerError
 from schemas.model import ListedVersion
 from schemas.rpc import Criteria, ListReply
 from schemas.wire import canonical
-from worker.catalog.catalog import Catalog, sort_key
+from worker.catalog.catalog import Catalog
 from worker.catalog.entries import VersionEntry
+from worker.catalog.order import Key, Order
+from worker.catalog.sorting import MODEL_ID, make_order, sort_key
+from worker.catalog.table import DELETED, FORGOTTEN
 
 TIME_LIMIT_S = 0.25
-_BLOCK = 512  # entries looked at between two turns of the event loop, well under a millisecond
-_FEW = 20_000  # candidates from a type or tag index that are sorted at once rather than walked past
+_FEW = 500  # candidates that are sorted at once rather than looked for along the order
+_READ_AT_ONCE = 64  # records between two turns of the event loop, well under a millisecond
+_SETTLED_AT_ONCE = 200
 
+T = TypeVar("T")
 Predicate = Callable[[VersionEntry], bool]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class Look(Protocol):
+    """Runs what reads records, again if it has to wait for one."""
+
+    async def __call__(self, look: Callable[[], T]) -> T: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Inclusive; None is open."""
+
+    low: int | None
+    high: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A search: every predicate holds; `type` and `tags` are given apart since the catalog has indexes of them."""
+    """A search. The catalog's columns tell `type`, `tags` and `ranges` (by column); `predicates` need the record."""
 
     type: str | None
     tags: tuple[str, ...]
+    ranges: tuple[tuple[str, Range], ...]
     predicates: tuple[Predicate, ...]
     sort: str
     fingerprint: str  # ties a cursor to the query that made it
 
 
 def list_query(model_type: str | None) -> Query:
-    return Query(model_type, (), (), "modelId", _fingerprint(["list", model_type]))
+    return Query(model_type, (), (), (), MODEL_ID, _fingerprint(["list", model_type]))
 
 
 def search_query(criteria: dict[str, Any], sort: str) -> Query:
@@ -60,15 +83,16 @@ def search_query(criteria: dict[str, Any], sort: str) -> Query:
     predicates: list[Predicate] = []
     if equals:
         predicates.append(_members_equal(equals))
+    ranges: list[tuple[str, Range]] = []
     if known.size is not None:
-        predicates.append(_between(lambda entry: entry.size, known.size.min, known.size.max))
+        ranges.append(("size", Range(known.size.min, known.size.max)))
     if known.created_at is not None:
         low, high = _milliseconds(known.created_at.from_), _milliseconds(known.created_at.to)
-        predicates.append(_between(lambda entry: entry.created, low, high))
+        ranges.append(("created", Range(low, high)))
     if known.text is not None:
         predicates.append(_has_words(known.text.casefold().split()))
     tags = tuple(known.tags or ())
-    return Query(model_type, tags, tuple(predicates), sort, _fingerprint(["search", criteria, sort]))
+    return Query(model_type, tags, tuple(ranges), tuple(predicates), sort, _fingerprint(["search", criteria, sort]))
 
 
 def _fingerprint(query: list[Any]) -> str:
@@ -89,14 +113,6 @@ def _same(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
-def _between(member: Callable[[VersionEntry], int], low: int | None, high: int | None) -> Predicate:
-    def holds(entry: VersionEntry) -> bool:
-        value = member(entry)
-        return (low is None or value >= low) and (high is None or value <= high)
-
-    return holds
-
-
 def _has_words(words: list[str]) -> Predicate:
     def holds(entry: VersionEntry) -> bool:
         tags = " ".join(entry.metadata.get("tags", ()))
@@ -115,29 +131,33 @@ def _milliseconds(moment: str | None) -> int | None:
         raise ModelManagerError("ERR_INVALID_REQUEST", "criteria.createdAt: not a date and time") from None
 
 
-async def page(catalog: Catalog, query: Query, *, limit: int, cursor: str | None) -> ListReply:
+async def page(catalog: Catalog, query: Query, *, look: Look, limit: int, cursor: str | None) -> ListReply:
     """One page. It may end early, with `nextCursor`, when it took `TIME_LIMIT_S`."""
     after = None if cursor is None else _decode(cursor, query)
     deadline = time.monotonic() + TIME_LIMIT_S
     models: list[ListedVersion] = []
-    last: tuple[Any, ...] | None = None
-    for seen, key in enumerate(_candidates(catalog, query, after), 1):
-        entry = catalog.entry(cast(tuple[str, str], key[-2:]))
-        if entry is not None and _matches(entry, query):
-            if len(models) == limit:
-                return _reply(models, query, last)
-            models.append(entry.listed(catalog.aliases_of(entry)))
-        last = key
-        if seen % _BLOCK == 0:
+    last = after
+    async for rows in _candidates(catalog, query, after):
+        for start in range(0, len(rows), _READ_AT_ONCE):
+            for row in rows[start : start + _READ_AT_ONCE]:
+                entry = await look(partial(_entry, catalog, row))
+                if entry is not None and _matches(entry, query):
+                    if len(models) == limit:
+                        return _reply(models, query, last)
+                    models.append(entry.listed(catalog.aliases_of(entry)))
+                last = sort_key(catalog.table, row, query.sort)
             if time.monotonic() > deadline:
                 return _reply(models, query, last)
             await asyncio.sleep(0)
     return _reply(models, query, None)
 
 
+def _entry(catalog: Catalog, row: int) -> VersionEntry | None:
+    """The version in the row, if it is still there to be seen."""
+    return None if catalog.table.state[row] & (DELETED | FORGOTTEN) else catalog.entry(row)
+
+
 def _matches(entry: VersionEntry, query: Query) -> bool:
-    if query.type is not None and entry.type != query.type:
-        return False
     if query.tags and not set(query.tags) <= set(entry.metadata.get("tags", ())):
         return False
     return all(holds(entry) for holds in query.predicates)
@@ -161,22 +181,57 @@ def _decode(cursor: str, query: Query) -> tuple[Any, ...]:
     return tuple(key)
 
 
-def _candidates(catalog: Catalog, query: Query, after: tuple[Any, ...] | None) -> Iterator[tuple[Any, ...]]:
+async def _candidates(catalog: Catalog, query: Query, after: Key | None) -> AsyncIterator[list[int]]:
+    """The rows beyond `after` that the columns cannot rule out, in order, a part at a time."""
+    mask = _mask(catalog, query)
+    few = np.flatnonzero(mask)
     backwards = query.sort == "-modelId"  # the other descending orders have keys of their own
-    few = _smallest_index(catalog, query)
-    if few is None:
-        return catalog.order(query.sort.replace("-modelId", "modelId")).walk(after, backwards=backwards)
-    entries = (catalog.entry(key) for key in few)
-    keys = sorted((sort_key(entry, query.sort) for entry in entries if entry is not None), reverse=backwards)
-    if after is not None:
-        keys = [key for key in keys if (key < after if backwards else key > after)]
-    return iter(keys)
+    if len(few) <= _FEW:
+        keys = sorted(((sort_key(catalog.table, row, query.sort), row) for row in few.tolist()), reverse=backwards)
+        yield [row for key, row in keys if after is None or (key < after if backwards else key > after)]
+        return
+    order = await _settled(catalog, MODEL_ID if backwards else query.sort)
+    while True:
+        rows = order.beyond(after, backwards=backwards)
+        if not len(rows):
+            return
+        after = sort_key(catalog.table, int(rows[-1]), query.sort)
+        found = rows[rows < len(mask)]  # what came since the mask was made is for the next query
+        yield found[mask[found]].tolist()
 
 
-def _smallest_index(catalog: Catalog, query: Query) -> set[tuple[str, str]] | None:
-    """The smallest index set that holds every match, if it is small enough to sort at once."""
-    sets = [catalog.by_tag.get(tag, set()) for tag in query.tags]
+def _mask(catalog: Catalog, query: Query) -> Mask:
+    """Which rows the columns cannot rule out."""
+    table = catalog.table
+    mask: Mask = table.visible()
+    for tag in query.tags:
+        tagged = np.zeros(len(mask), bool)
+        tagged[catalog.tagged(tag)] = True
+        mask &= tagged
     if query.type is not None:
-        sets.append(catalog.by_type.get(query.type, set()))
-    smallest = min(sets, key=len, default=None)
-    return smallest if smallest is not None and len(smallest) <= _FEW else None
+        code = table.type_code(query.type)
+        mask &= False if code is None else table.column("type") == code
+    for name, between in query.ranges:
+        values = table.column(name)
+        if between.low is not None:
+            mask &= values >= max(0, between.low)
+        if between.high is not None:
+            mask &= (values <= between.high) if between.high >= 0 else False
+    return mask
+
+
+async def _settled(catalog: Catalog, sort: str) -> Order:
+    """The order, made when it is first asked for, with all rows sorted in."""
+    order = catalog.orders.get(sort)
+    if order is None:
+        made = await asyncio.to_thread(make_order, catalog.table, sort)
+        order = catalog.orders.get(sort)  # someone else's may have been ready first
+        if order is None:
+            order = catalog.orders[sort] = made
+            for row in range(order.filled, len(catalog.table)):
+                order.add(row)
+    settled = False
+    while not settled:
+        settled = order.settle(_SETTLED_AT_ONCE)
+        await asyncio.sleep(0)
+    return order

@@ -105,7 +105,7 @@ from __future__ import annotations
 
 from worker.journal.failures import JournalDamaged, JournalFailed, JournalLocked
 from worker.journal.files import Files
-from worker.journal.format import CONTROL_OPS, Entry
+from worker.journal.format import CONTROL_OPS, Entry, Line
 from worker.journal.inspection import VerifyReport, dump, verify
 from worker.journal.journal import SEGMENT_BYTES, Journal, JournalStats
 from worker.journal.observer import JournalObserver
@@ -124,6 +124,7 @@ __all__ = [
     "JournalLocked",
     "JournalObserver",
     "JournalStats",
+    "Line",
     "RecordCold",
     "Replay",
     "Taken",

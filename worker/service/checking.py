@@ -40,7 +40,8 @@ class Checking:
 
     async def validate(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Read every file back, compare size and sha256, run the format hooks; wrong bytes quarantine the version."""
-        entry = self._registry.catalog.resolve(params["modelId"], params["version"])
+        catalog = self._registry.catalog
+        entry = await self._registry.look(lambda: catalog.resolve(params["modelId"], params["version"]))
         progress("totalBytes", entry.size)
         files: list[ValidatedFile] = []
         findings: list[Finding] = []
@@ -115,7 +116,8 @@ class Checking:
 
     async def replicate(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Record which racks should hold the version; the record's hint tells them. No rack's answer is waited for."""
-        resolved = self._registry.catalog.resolve(params["modelId"], params["version"])
+        catalog = self._registry.catalog
+        resolved = await self._registry.look(lambda: catalog.resolve(params["modelId"], params["version"]))
         peers = params.get("peers")
         wanted = list(self._policy.peers) if peers is None else [p for p in peers if p != self._policy.rack]
 

@@ -168,7 +168,9 @@ class Editing:
 
     async def _write(self, model_id: str, decide: Any) -> dict[str, Any]:
         outcome = await self._registry.transact(model_id.lower(), decide)
-        return answer_of(outcome, self._registry.catalog) if isinstance(outcome, Entry) else outcome
+        if not isinstance(outcome, Entry):
+            return cast(dict[str, Any], outcome)
+        return await self._registry.look(lambda: answer_of(outcome, self._registry.catalog))
 
 
 def patched(entry: VersionEntry, patch: dict[str, Any]) -> dict[str, Any]:

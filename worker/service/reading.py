@@ -34,7 +34,7 @@ from schemas.wire import timestamp
 from worker import __version__
 from worker.cache import ModelCache
 from worker.catalog.entries import VersionEntry, file_view
-from worker.catalog.search import list_query, page, search_query
+from worker.catalog.search import Query, list_query, page, search_query
 from worker.content import LocalFile, OpenedFile, Redirect, Stream
 from worker.context import Context
 from worker.policy import Policy
@@ -65,22 +65,29 @@ class Reading:
         self._file_url = file_url
 
     async def get_model_metadata(self, params: GetModelMetadata, context: Context) -> MetadataReply:
-        entry = self._registry.catalog.resolve(params.model_id, params.version)
-        return entry.described(self._registry.catalog.aliases_of(entry))
+        catalog = self._registry.catalog
+        entry = await self._registry.look(lambda: catalog.resolve(params.model_id, params.version))
+        return entry.described(catalog.aliases_of(entry))
 
     async def list_models(self, params: ListModels, context: Context) -> ListReply:
         query = list_query(params.type)
-        return await page(self._registry.catalog, query, limit=params.limit, cursor=params.cursor)
+        return await self._page(query, params.limit, params.cursor)
 
     async def search_models(self, params: SearchModels, context: Context) -> ListReply:
         query = search_query(params.criteria, params.sort)
-        return await page(self._registry.catalog, query, limit=params.limit, cursor=params.cursor)
+        return await self._page(query, params.limit, params.cursor)
 
-    def versions_of(self, model_id: str) -> list[ListedVersion]:
+    async def _page(self, query: Query, limit: int, cursor: str | None) -> ListReply:
+        registry = self._registry
+        return await page(registry.catalog, query, look=registry.look, limit=limit, cursor=cursor)
+
+    async def versions_of(self, model_id: str) -> list[ListedVersion]:
         """The versions of a model that are not deleted, in the order they were stored."""
         model = self._registry.catalog.model(model_id)
-        versions = [] if model is None else [v for v in model.versions.values() if v.deleted_at is None]
-        return [] if model is None else [v.listed(model.aliases_of(v.version)) for v in versions]
+        if model is None:
+            return []
+        entries = [await self._registry.look(partial(model.versions.__getitem__, name)) for name in model.versions]
+        return [entry.listed(model.aliases_of(entry.version)) for entry in entries if entry.deleted_at is None]
 
     async def ping(self, params: Ping, context: Context) -> PingReply:
         return {
@@ -94,9 +101,9 @@ class Reading:
 
     # --- bytes ---
 
-    def _available(self, model_id: str, reference: str) -> VersionEntry:
+    async def _available(self, model_id: str, reference: str) -> VersionEntry:
         """The version, if its bytes may be given out."""
-        entry = self._registry.catalog.resolve(model_id, reference)
+        entry = await self._registry.look(lambda: self._registry.catalog.resolve(model_id, reference))
         if entry.quarantined:
             raise ModelManagerError(
                 "ERR_CHECKSUM_MISMATCH",
@@ -107,7 +114,7 @@ class Reading:
         return entry
 
     async def get_model(self, params: GetModel, context: Context) -> GetModelReply:
-        entry = self._available(params.model_id, params.version)
+        entry = await self._available(params.model_id, params.version)
         limit = self._policy.max_inline_size
         inline = params.delivery == "inline" or (params.delivery == "auto" and entry.size <= limit)
         if inline and entry.size > limit:
@@ -172,7 +179,7 @@ class Reading:
 
     async def open_file(self, model_id: str, reference: str, path: str | None, *, redirect: bool = False) -> OpenedFile:
         """A file of a version, for streaming. Without `path`, the only file; ERR_INVALID_REQUEST if it has several."""
-        entry = self._available(model_id, reference)
+        entry = await self._available(model_id, reference)
         if path is None:
             if len(entry.files) != 1:
                 raise ModelManagerError(
@@ -245,7 +252,7 @@ class Reading:
 
     async def get_changes(self, params: GetChanges, context: Context) -> ChangesReply:
         journal = self._registry.journal
-        if params.epoch != journal.epoch or params.after > journal.head:
+        if params.epoch != journal.epoch or not journal.changes_from <= params.after <= journal.head:
             raise ModelManagerError("ERR_CHANGES_GONE", epoch=journal.epoch, head=journal.head)
         give_up = time.monotonic() + params.wait_ms / 1000
         after = params.after

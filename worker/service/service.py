@@ -10,6 +10,7 @@ from schemas.rpc import CancelJob, GetJob, ReplicateModel, StoreReply, ValidateM
 from schemas.uploads import CompleteUpload
 from worker.answers import answer_of, store_reply
 from worker.cache import ModelCache
+from worker.catalog.entries import VersionEntry
 from worker.content import OpenedFile
 from worker.context import Context
 from worker.jobs.runner import Jobs
@@ -93,13 +94,13 @@ class ModelService:
     # --- jobs ---
 
     async def _validate_model(self, params: ValidateModel, context: Context) -> dict[str, Any]:
-        entry = self._registry.catalog.resolve(params.model_id, params.version)
+        entry = await self._resolve(params.model_id, params.version)
         return await self._run_job(
             "validateModel", {"modelId": entry.model, "version": entry.version}, params.wait_ms, context
         )
 
     async def _replicate_model(self, params: ReplicateModel, context: Context) -> dict[str, Any]:
-        entry = self._registry.catalog.resolve(params.model_id, params.version)
+        entry = await self._resolve(params.model_id, params.version)
         work: dict[str, Any] = {"modelId": entry.model, "version": entry.version}
         if params.peers is not None:
             work["peers"] = list(dict.fromkeys(params.peers))
@@ -111,6 +112,9 @@ class ModelService:
 
     async def _complete_upload(self, params: dict[str, Any], progress: Callable[[str, int], None]) -> dict[str, Any]:
         return cast(dict[str, Any], await self.uploads.complete(params["uploadId"], progress))
+
+    async def _resolve(self, model_id: str, reference: str) -> VersionEntry:
+        return await self._registry.look(lambda: self._registry.catalog.resolve(model_id, reference))
 
     async def _run_job(self, method: str, work: dict[str, Any], wait_ms: int, context: Context) -> dict[str, Any]:
         job_id = await self.jobs.begin(method, work, context)
@@ -134,10 +138,12 @@ class ModelService:
         if entry.op == "upload.end":
             return {"success": True, "uploadId": record["upload"], "state": record["state"]}
         if method == "storeModel" and entry.op == "restore":
-            stored = self._registry.catalog.find(record["model"], record["versions"][0])
+            stored = await self._registry.look(
+                lambda: self._registry.catalog.find(record["model"], record["versions"][0])
+            )
             if stored is not None:
                 return cast(dict[str, Any], store_reply(stored, created=False))
-        return answer_of(entry, self._registry.catalog)
+        return await self._registry.look(lambda: answer_of(entry, self._registry.catalog))
 
     # --- streams ---
 
@@ -164,5 +170,5 @@ class ModelService:
     ) -> dict[str, Any]:
         return await self.uploads.receive(upload_id, path, chunks, size)
 
-    def versions_of(self, model_id: str) -> list[ListedVersion]:
-        return self.reading.versions_of(model_id)
+    async def versions_of(self, model_id: str) -> list[ListedVersion]:
+        return await self.reading.versions_of(model_id)

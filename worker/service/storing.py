@@ -66,7 +66,8 @@ class Storing:
         if params.upload_id is not None:
             return await self._store_uploaded(params, context)
         inline = _decode(params, self._policy.max_inline_size)
-        existing = self._existing(params.model_id, params.metadata, [(f.path, len(f.data), f.sha256) for f in inline])
+        described = [(file.path, len(file.data), file.sha256) for file in inline]
+        existing = await self._look_existing(params.model_id, params.metadata, described)
         if existing is None:
             await self._examining.refuse(params.metadata.type, [(file.path, BytesSource(file.data)) for file in inline])
         with self._pins() as pins:
@@ -80,7 +81,7 @@ class Storing:
                 params.model_id,
                 params.metadata.version,
                 {file.sha256: file.data for file in inline},
-                self._peers(params.model_id, params.metadata.version),
+                await self._peers(params.model_id, params.metadata.version),
             )
         return reply
 
@@ -110,28 +111,27 @@ class Storing:
                 sha256=sha256,
                 max_size=self._policy.max_model_size,
             )
-            existing = self._existing(model_id, metadata, [(filename, stored.size, stored.sha256)])
+            existing = await self._look_existing(model_id, metadata, [(filename, stored.size, stored.sha256)])
             file = _stored_file(filename, stored.size, stored.sha256, key)
             if existing is None:
                 await self._examining.refuse(metadata.type, self._examining.stored([file]))
-            known = self._registry.catalog.blobs.key_of(stored.sha256)
-            if known is not None:
-                file["key"] = pins.new(known)
+            file["key"] = await pins.stored(stored.sha256) or key
             reply = await self._commit(model_id, metadata, [file], context)
         if reply["created"]:
-            self._cache.put(model_id, metadata.version, {}, self._peers(model_id, metadata.version))
+            self._cache.put(model_id, metadata.version, {}, await self._peers(model_id, metadata.version))
         return reply
 
     async def _store_uploaded(self, params: StoreModel, context: Context) -> StoreReply:
         upload = self._uploads.completed(params.upload_id or "", params.model_id, params.metadata.version)
         if upload.state == "stored":
-            entry = self._registry.catalog.resolve(params.model_id, params.metadata.version)
+            catalog = self._registry.catalog
+            entry = await self._registry.look(lambda: catalog.resolve(params.model_id, params.metadata.version))
             return store_reply(entry, created=False)
         files = list(upload.stored_files)
         with self._pins() as pins:
             for file in files:
                 pins.new(file["key"])
-            existing = self._existing(
+            existing = await self._look_existing(
                 params.model_id, params.metadata, [(file["path"], file["size"], file["sha256"]) for file in files]
             )
             if existing is None:
@@ -142,7 +142,7 @@ class Storing:
                 params.model_id,
                 params.metadata.version,
                 {},
-                self._peers(params.model_id, params.metadata.version),
+                await self._peers(params.model_id, params.metadata.version),
             )
         return reply
 
@@ -152,8 +152,8 @@ class Storing:
         for file in inline:
             if file.sha256 in keys:
                 continue
-            known = self._registry.catalog.blobs.key_of(file.sha256)
-            keys[file.sha256] = pins.new(known or self._store.new_key())
+            known = await pins.stored(file.sha256)
+            keys[file.sha256] = known or pins.new(self._store.new_key())
             if known is None:
                 await self._store.put(
                     keys[file.sha256],
@@ -166,6 +166,11 @@ class Storing:
         return [_stored_file(file.path, len(file.data), file.sha256, keys[file.sha256]) for file in inline]
 
     # --- the commit ---
+
+    async def _look_existing(
+        self, model_id: str, metadata: Metadata, files: Sequence[tuple[str, int, str]]
+    ) -> VersionEntry | None:
+        return await self._registry.look(lambda: self._existing(model_id, metadata, files))
 
     def _existing(
         self, model_id: str, metadata: Metadata, files: Sequence[tuple[str, int, str]]
@@ -223,7 +228,7 @@ class Storing:
         outcome = await self._registry.transact(model_id.lower(), decide, pins=keys)
         if not isinstance(outcome, Entry):
             return outcome
-        entry = self._registry.catalog.find(model_id, metadata.version)
+        entry = await self._registry.look(lambda: self._registry.catalog.find(model_id, metadata.version))
         if entry is None:  # deleted and purged by someone else since
             raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"{model_id}:{metadata.version} was purged meanwhile.")
         return store_reply(entry, created=outcome.op == "store")
@@ -264,8 +269,8 @@ class Storing:
     def _info(self, model_id: str, metadata: Metadata) -> BlobInfo:
         return BlobInfo(format=metadata.type, model=model_id, version=metadata.version, rack=self._policy.rack)
 
-    def _peers(self, model_id: str, version: str) -> tuple[str, ...]:
-        entry = self._registry.catalog.find(model_id, version)
+    async def _peers(self, model_id: str, version: str) -> tuple[str, ...]:
+        entry = await self._registry.look(lambda: self._registry.catalog.find(model_id, version))
         return () if entry is None else entry.replicas
 
     @contextlib.contextmanager
@@ -287,6 +292,13 @@ class _Pins:
     def new(self, key: str) -> str:
         self._registry.pin([key])
         self.keys.append(key)
+        return key
+
+    async def stored(self, sha256: str) -> str | None:
+        """The key under which the rack has these bytes, if it has them."""
+        key = await self._registry.pin_stored(sha256)
+        if key is not None:
+            self.keys.append(key)
         return key
 
 

@@ -90,9 +90,9 @@ class CleanUp:
     async def _end_undo_windows(self) -> None:
         now = time.time_ns() // 1_000_000
         catalog = self._registry.catalog
-        overdue = [e for e in catalog.deleted.values() if e.restorable_until is not None and e.restorable_until < now]
-        for entry in overdue:
-            model, version = entry.model, entry.version
+        for model, version, deletion in catalog.deleted_versions():
+            if deletion.until is None or deletion.until >= now:
+                continue
 
             def decide(model: str = model, version: str = version) -> Change | None:
                 current = catalog.find(model, version)

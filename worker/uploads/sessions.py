@@ -68,11 +68,13 @@ class UploadSessions:
         if twin is not None:
             raise ModelManagerError("ERR_CONFLICT", f"The model {twin} differs in case only.", modelId=twin)
         upload_id = new_ulid()
-        known = [self._registry.catalog.blobs.key_of(hex_of(file.sha256)) for file in params.files]
-        present = [key for key in known if key is not None]
-        self._registry.pin(present)
         planned: list[PlannedFile] = []
+        present: list[str] = []
         try:
+            known: list[str | None] = []
+            for file in params.files:
+                known.append(await self._registry.pin_stored(hex_of(file.sha256)))
+                present += [key for key in known[-1:] if key is not None]
             for file, key in zip(params.files, known, strict=True):
                 planned.append(await self._plan(file, key, params))
             record: UploadBeginRecord = {

@@ -1,0 +1,54 @@
+"""What a replay decodes of a record: what the catalog indexes, and no more."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+
+class IndexedFile(msgspec.Struct, frozen=True, gc=False):
+    """Of a stored file; of a planned one only what it has."""
+
+    size: int
+    sha256: str
+    key: str = ""
+
+
+class IndexedMetadata(msgspec.Struct, frozen=True, gc=False):
+    tags: tuple[str, ...] = ()
+
+
+class IndexedRequest(msgspec.Struct, frozen=True, gc=False):
+    key: str
+    hash: str
+
+
+class IndexedRecord(msgspec.Struct, frozen=True, gc=False):
+    """Of a `store` record all this; of another one `idem`, and whatever else it has by these names."""
+
+    model: str = ""
+    version: str | None = None
+    type: str = ""
+    files: tuple[IndexedFile, ...] = ()
+    metadata: IndexedMetadata = IndexedMetadata()
+    size: int = 0
+    created: int = 0
+    upload: str = ""
+    idem: IndexedRequest | None = None
+
+
+class IndexedLine(Protocol):
+    """A line of the journal, as the catalog looks at it."""
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def sequence(self) -> int: ...
+
+    @property
+    def time_ms(self) -> int: ...
+
+    @property
+    def record(self) -> IndexedRecord: ...

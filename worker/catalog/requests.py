@@ -1,0 +1,51 @@
+"""The requests that had an effect, so that a repeat of one is answered from the record of its effect."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+REMEMBERED_REQUESTS = 200_000
+REMEMBERED_MS = 24 * 3600 * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class RememberedRequest:
+    """`hash` of the request, `sequence` and time (unix ms) of the record of its effect."""
+
+    hash: str
+    sequence: int
+    time_ms: int
+
+
+class RememberedRequests:
+    """The last 200,000 of the last 24 hours, by their key."""
+
+    def __init__(self) -> None:
+        self._requests: OrderedDict[str, RememberedRequest] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def get(self, key: str) -> RememberedRequest | None:
+        return self._requests.get(key)
+
+    def add(self, key: str, request: RememberedRequest) -> None:
+        self._requests[key] = request
+        self._requests.move_to_end(key)
+        oldest = next(iter(self._requests.values()))
+        if len(self._requests) > REMEMBERED_REQUESTS or oldest.time_ms < request.time_ms - REMEMBERED_MS:
+            self._requests.popitem(last=False)
+
+    def sequences(self, since_ms: int) -> list[int]:
+        """Of the records whose requests are to be remembered from `since_ms` (unix ms) on."""
+        return [request.sequence for request in self._requests.values() if request.time_ms >= since_ms]
+
+    def dumped(self) -> list[list[str | int]]:
+        return [[key, known.hash, known.sequence, known.time_ms] for key, known in self._requests.items()]
+
+    def load(self, requests: list[tuple[str, str, int, int]]) -> None:
+        self._requests = OrderedDict(
+            (key, RememberedRequest(request_hash, sequence, time_ms))
+            for key, request_hash, sequence, time_ms in requests
+        )

@@ -1,0 +1,194 @@
+"""The versions as columns: a row each, some 60 bytes, and no Python object of its own.
+
+Rows are numbered in the order the versions were stored and are never used again. All else about a version is in its
+records, which are read when they are asked for.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+NO_ROW = 0xFFFF_FFFF
+QUARANTINED, DELETED, FORGOTTEN = 1, 2, 4
+_HIDDEN = DELETED | FORGOTTEN
+_WALKED = 16  # versions of one model that are compared one by one
+
+
+class VersionTable:
+    """One thread writes, on which all but the copies for other threads are taken."""
+
+    def __init__(self) -> None:
+        self.model: list[str] = []
+        self.version: list[str] = []
+        self.type = array("H")
+        self.state = bytearray()
+        self.size = array("Q")
+        self.created = array("Q")
+        self.stored = array("Q")
+        """Sequence of the `store` record."""
+        self.updated = array("Q")
+        """Sequence of the last `update` record; 0 if there is none."""
+        self.older = array("I")
+        """The row of the model's version stored before; NO_ROW if it is the first."""
+        self.type_names: list[str] = []
+        self._type_codes: dict[str, int] = {}
+        self._newest: dict[str, int] = {}  # by the model's id in lower case: ids are unique ignoring case
+        self._version_names: dict[str, str] = {}  # one string object for each name
+        self._by_name: dict[str, dict[str, int]] = {}  # of models with more than `_WALKED` versions
+
+    def __len__(self) -> int:
+        return len(self.model)
+
+    @property
+    def models(self) -> int:
+        """How many models there are, deleted ones included."""
+        return len(self._newest)
+
+    def newest(self, model: str) -> int:
+        """The row stored last of the model with this id in any case; NO_ROW if there is none."""
+        return self._newest.get(model.lower(), NO_ROW)
+
+    def rows(self, model: str) -> Iterator[int]:
+        """The rows of the model with this id in any case, newest first."""
+        row, older = self.newest(model), self.older
+        while row != NO_ROW:
+            yield row
+            row = older[row]
+
+    def find(self, model: str, version: str) -> int:
+        """The row of that version, deleted ones included; NO_ROW if there is none."""
+        row = self._newest.get(model.lower(), NO_ROW)
+        if row == NO_ROW or self.model[row] != model:
+            return NO_ROW
+        for _ in range(_WALKED):
+            if self.version[row] == version:
+                return row
+            row = self.older[row]
+            if row == NO_ROW:
+                return NO_ROW
+        key = model.lower()
+        names = self._by_name.get(key)
+        if names is None:
+            names = self._by_name[key] = {self.version[row]: row for row in self.rows(model)}
+        return names.get(version, NO_ROW)
+
+    def has_visible(self, model: str) -> bool:
+        state = self.state
+        return any(not state[row] & _HIDDEN for row in self.rows(model))
+
+    def add(self, model: str, version: str, kind: str, size: int, created: int, sequence: int) -> int:
+        """A new row, which is the newest of its model."""
+        row = len(self.model)
+        key = model.lower()
+        older = self._newest.get(key, NO_ROW)
+        if older == NO_ROW:
+            if key == model:
+                key = model  # one string object, not two that are equal
+        else:
+            model = self.model[older]
+        self._newest[key] = row
+        code = self._type_codes.get(kind)
+        if code is None:
+            code = self._type_codes[kind] = len(self.type_names)
+            self.type_names.append(kind)
+        self.model.append(model)
+        self.version.append(self._version_names.setdefault(version, version))
+        self.type.append(code)
+        self.state.append(0)
+        self.size.append(size)
+        self.created.append(created)
+        self.stored.append(sequence)
+        self.updated.append(0)
+        self.older.append(older)
+        if key in self._by_name:
+            self._by_name[key][version] = row
+        return row
+
+    def forget(self, row: int) -> None:
+        """The version is gone for good. Its columns stay, for orders that still have the row."""
+        key = self.model[row].lower()
+        newest, older = self._newest[key], self.older
+        if newest != row:
+            while older[newest] != row:
+                newest = older[newest]
+            older[newest] = older[row]
+        elif older[row] != NO_ROW:
+            self._newest[key] = older[row]
+        else:
+            del self._newest[key]
+        self._by_name.pop(key, None)
+        self.state[row] |= FORGOTTEN
+
+    # --- columns for numpy: copies, since an array cannot grow while it is looked at ---
+
+    def visible(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which rows are neither deleted nor forgotten."""
+        visible: np.ndarray[Any, np.dtype[np.bool_]] = np.frombuffer(bytes(self.state), np.uint8) & _HIDDEN == 0
+        return visible
+
+    def column(self, name: str) -> np.ndarray[Any, Any]:
+        """A copy of `type`, `size` or `created`."""
+        values: array[int] = getattr(self, name)
+        return np.frombuffer(values.tobytes(), values.typecode)
+
+    def type_code(self, kind: str) -> int | None:
+        return self._type_codes.get(kind)
+
+    def type_counts(self) -> dict[str, int]:
+        """How many visible versions there are of each type."""
+        counts = np.bincount(self.column("type")[self.visible()], minlength=len(self.type_names))
+        return {name: int(count) for name, count in zip(self.type_names, counts, strict=True)}
+
+    # --- the index of a base ---
+
+    def dumped(self) -> dict[str, Any]:
+        """All of it, in parts."""
+        names = list(self._version_names)
+        codes = {name: code for code, name in enumerate(names)}
+        firsts = list(dict.fromkeys(self.model))
+        places = {model: place for place, model in enumerate(firsts)}
+        return {
+            "types": "\n".join(self.type_names).encode(),
+            "models": "\n".join(firsts).encode(),
+            "model": array("I", [places[model] for model in self.model]),
+            "names": "\n".join(names).encode(),
+            "version": array("I", [codes[version] for version in self.version]),
+            "type": self.type,
+            "state": self.state,
+            "size": self.size,
+            "created": self.created,
+            "stored": self.stored,
+            "updated": self.updated,
+            "older": self.older,
+        }
+
+    def load(self, parts: dict[str, memoryview]) -> None:
+        """Take what `dumped` gave, into an empty table."""
+        self.type_names = _lines(parts["types"])
+        self._type_codes = {name: code for code, name in enumerate(self.type_names)}
+        models = _lines(parts["models"])
+        places = array("I", parts["model"].tobytes())
+        self.model = [models[place] for place in places]
+        names = _lines(parts["names"])
+        self._version_names = {name: name for name in names}
+        self.version = [names[code] for code in array("I", parts["version"].tobytes())]
+        self.state = bytearray(parts["state"])
+        for column in ("type", "size", "created", "stored", "updated", "older"):
+            getattr(self, column).frombytes(parts[column])
+        kept = np.flatnonzero((np.frombuffer(bytes(self.state), np.uint8) & FORGOTTEN) == 0)
+        newest = np.zeros(len(models), np.int64)  # one more than the row, so that 0 is none
+        np.maximum.at(newest, np.frombuffer(places, np.uint32)[kept], kept + 1)
+        self._newest = {
+            model if model.islower() else model.lower(): row - 1
+            for model, row in zip(models, newest.tolist(), strict=True)
+            if row
+        }
+
+
+def _lines(part: memoryview) -> list[str]:
+    text = str(part, "utf-8")
+    return text.split("\n") if text else []
