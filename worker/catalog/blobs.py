@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from schemas.journal import StoredFile
+from worker.catalog.records import IndexedFile
 
 _MIX = 0x9E37_79B9_7F4A_7C15
 _KEY_CHARACTERS = 16
@@ -85,13 +86,13 @@ class BlobIndex:
 
     # --- folding a replay ---
 
-    def replay(self, row: int, files: Iterable[Any]) -> None:
-        """A version was stored with these files, each with `sha256`, `key` and `size`; before `settle`."""
-        for file in files:
-            self._shas.append(file.sha256)
-            self._keys.append(file.key)
-            self._sizes.append(file.size)
-            self._rows.append(row)
+    def replay(self, first: int, versions: Sequence[Sequence[IndexedFile]]) -> None:
+        """Versions were stored with these files, in the rows from `first` on; before `settle`."""
+        files = [file for version in versions for file in version]
+        self._shas += [file.sha256 for file in files]
+        self._keys += [file.key for file in files]
+        self._sizes.extend([file.size for file in files])
+        self._rows.extend([row for row, version in enumerate(versions, first) for _ in version])
         if len(self._shas) >= 65_536:
             self._pack()
 

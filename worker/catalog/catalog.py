@@ -23,7 +23,7 @@ from schemas.wire import timestamp
 from worker.catalog.blobs import BlobIndex
 from worker.catalog.entries import Deletion, JobEntry, ModelEntry, UploadEntry, VersionEntry
 from worker.catalog.order import Order, Rows
-from worker.catalog.records import IndexedLine, IndexedRecord
+from worker.catalog.records import IndexedLine, IndexedRecord, IndexedRequest
 from worker.catalog.requests import RememberedRequest, RememberedRequests
 from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, VersionTable
 
@@ -198,54 +198,56 @@ class Catalog:
         """Fold a block of a replay."""
         if lines:
             self.time_ms = max(self.time_ms, lines[-1][1].time_ms)
-        by_tag = self.by_tag
+        stores: list[IndexedLine] = []
         for data, line in lines:
-            record = line.record
             if line.op == "store":
-                row = self._add(
-                    record.model, record.version or "", record.type, record.size, record.created, line.sequence
-                )
-                self.blobs.replay(row, record.files)
-                for tag in record.metadata.tags:
-                    rows = by_tag.get(tag)
-                    if rows is None:
-                        rows = by_tag[tag] = array("I")
-                    rows.append(row)
-                if record.upload:
-                    self._upload_stored(record.upload, line.sequence, line.time_ms)
-            else:
-                self._apply[line.op](orjson.loads(data)["rec"], line.sequence, line.time_ms)
+                stores.append(line)
+                continue
+            self._take_stores(stores)
+            stores = []
+            self._apply[line.op](orjson.loads(data)["rec"], line.sequence, line.time_ms)
+            if line.record.idem is not None:
+                self._take_request(line.record.idem, line)
+        self._take_stores(stores)
+
+    def _take_stores(self, lines: list[IndexedLine]) -> None:
+        """Fold `store` records, column by column: the bulk of a boot."""
+        records = [line.record for line in lines]
+        first, by_tag = len(self.table), self.by_tag
+        self._add(records, [line.sequence for line in lines])
+        self.blobs.replay(first, [record.files for record in records])
+        for row, line in enumerate(lines, first):
+            record = line.record
+            for tag in record.metadata.tags:
+                rows = by_tag.get(tag)
+                if rows is None:
+                    rows = by_tag[tag] = array("I")
+                rows.append(row)
+            if record.upload:
+                self._upload_stored(record.upload, line.sequence, line.time_ms)
             if record.idem is not None:
-                self.requests.add(record.idem.key, RememberedRequest(record.idem.hash, line.sequence, line.time_ms))
+                self._take_request(record.idem, line)
+
+    def _take_request(self, request: IndexedRequest, line: IndexedLine) -> None:
+        self.requests.add(request.key, RememberedRequest(request.hash, line.sequence, line.time_ms))
 
     def settle(self) -> None:
         """The replay is over."""
         self.blobs.settle((np.frombuffer(bytes(self.table.state), np.uint8) & FORGOTTEN) == 0)
         self._replaying = False
 
-    def _add(self, model: str, version: str, kind: str, size: int, created: int, sequence: int) -> int:
-        table, totals = self.table, self.totals
-        row = table.add(model, version, kind, size, created, sequence)
-        older = table.older[row]
-        if older == NO_ROW or (table.state[older] and not self._visible_before(row)):
-            totals.models += 1
-        totals.versions += 1
-        totals.bytes += size
+    def _add(self, records: Sequence[IndexedRecord], sequences: Sequence[int]) -> None:
+        first = len(self.table)
+        self.totals.models += self.table.extend(records, sequences)
+        self.totals.versions += len(records)
+        self.totals.bytes += sum([record.size for record in records])
         for order in self.orders.values():
-            order.add(row)
-        return row
-
-    def _visible_before(self, row: int) -> bool:
-        table = self.table
-        row = table.older[row]
-        while row != NO_ROW:
-            if not table.state[row] & DELETED:
-                return True
-            row = table.older[row]
-        return False
+            order.add(range(first, len(self.table)))
 
     def _store(self, record: Any, sequence: int, time_ms: int) -> None:
-        row = self._add(record["model"], record["version"], record["type"], record["size"], record["created"], sequence)
+        row = len(self.table)
+        members = {name: record[name] for name in ("model", "version", "type", "size", "created")}
+        self._add([IndexedRecord(**members)], [sequence])
         self.blobs.use(record["files"])
         self._tag(row, record["metadata"])
         self._remember_entry(row, VersionEntry.of(sequence, record, None, None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,9 @@ class Order:
         ]
         self.filled = len(data)
 
-    def add(self, row: int) -> None:
+    def add(self, rows: Iterable[int]) -> None:
         """Sorted in by `settle`, when the order is next asked for."""
-        self._added.append(row)
+        self._added.extend(rows)
 
     def settle(self, most: int) -> bool:
         """Sort in up to `most` of the rows that were added: whether all are in now."""

@@ -228,8 +228,7 @@ async def _settled(catalog: Catalog, sort: str) -> Order:
         order = catalog.orders.get(sort)  # someone else's may have been ready first
         if order is None:
             order = catalog.orders[sort] = made
-            for row in range(order.filled, len(catalog.table)):
-                order.add(row)
+            order.add(range(order.filled, len(catalog.table)))
     settled = False
     while not settled:
         settled = order.settle(_SETTLED_AT_ONCE)

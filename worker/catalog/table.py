@@ -7,10 +7,12 @@ records, which are read when they are asked for.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from worker.catalog.records import IndexedRecord
 
 NO_ROW = 0xFFFF_FFFF
 QUARANTINED, DELETED, FORGOTTEN = 1, 2, 4
@@ -80,33 +82,45 @@ class VersionTable:
         state = self.state
         return any(not state[row] & _HIDDEN for row in self.rows(model))
 
-    def add(self, model: str, version: str, kind: str, size: int, created: int, sequence: int) -> int:
-        """A new row, which is the newest of its model."""
-        row = len(self.model)
-        key = model.lower()
-        older = self._newest.get(key, NO_ROW)
-        if older == NO_ROW:
-            if key == model:
-                key = model  # one string object, not two that are equal
-        else:
-            model = self.model[older]
-        self._newest[key] = row
+    def extend(self, records: Sequence[IndexedRecord], sequences: Sequence[int]) -> int:
+        """A row for each record, the newest of its model, stored at its sequence: how many models are seen now that had
+        no visible version."""
+        newest, model, version, state, older = self._newest, self.model, self.version, self.state, self.older
+        intern, by_name = self._version_names.setdefault, self._by_name
+        seen = 0
+        for row, record in enumerate(records, len(model)):
+            name = record.model
+            key = name.lower()
+            before = newest.get(key, NO_ROW)
+            if before == NO_ROW:
+                seen += 1
+                if key == name:
+                    key = name  # one string object, not two that are equal
+            else:
+                name = model[before]
+                if state[before] & DELETED:
+                    seen += not self.has_visible(name)
+            newest[key] = row
+            model.append(name)
+            label = record.version or ""
+            version.append(intern(label, label))
+            older.append(before)
+            state.append(0)
+            if key in by_name:
+                by_name[key][label] = row
+        self.type.extend([self._code_of(record.type) for record in records])
+        self.size.extend([record.size for record in records])
+        self.created.extend([record.created for record in records])
+        self.stored.extend(sequences)
+        self.updated.extend(bytes(len(records)))
+        return seen
+
+    def _code_of(self, kind: str) -> int:
         code = self._type_codes.get(kind)
         if code is None:
             code = self._type_codes[kind] = len(self.type_names)
             self.type_names.append(kind)
-        self.model.append(model)
-        self.version.append(self._version_names.setdefault(version, version))
-        self.type.append(code)
-        self.state.append(0)
-        self.size.append(size)
-        self.created.append(created)
-        self.stored.append(sequence)
-        self.updated.append(0)
-        self.older.append(older)
-        if key in self._by_name:
-            self._by_name[key][version] = row
-        return row
+        return code
 
     def forget(self, row: int) -> None:
         """The version is gone for good. Its columns stay, for orders that still have the row."""

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import orjson
@@ -140,11 +141,9 @@ class Appender:
             lines.append(line)
         data = b"".join(lines)
         self._write_durably(data, segment.size)
-        offset = segment.size
-        for sequence, line in enumerate(lines, first):
-            segment.note(offset, sequence)
-            offset += len(line)
-        segment.size = offset
+        *offsets, end = accumulate(map(len, lines), initial=segment.size)
+        segment.note(offsets, range(first, first + len(lines)))
+        segment.size = end
         self._crc, self._last_op = crc, op
         self.sequence += len(lines)
         self._digest.update(data)
@@ -191,7 +190,7 @@ class Appender:
         self._fd = fd
         self._digest = Digest()
         self._digest.update(line)
-        segment.note(0, segment.first)
+        segment.note([0], [segment.first])
         segment.size = len(line)
         self.segments = (*self.segments, segment)
         self.manifest = manifest

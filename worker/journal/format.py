@@ -171,9 +171,12 @@ class CheckedLines(Generic[R]):
 
 
 class TrustedLines(Generic[R]):
-    """The lines of a file whose checksum as a whole was right, with the same view of them as `CheckedLines`."""
+    """The lines of a file whose checksum as a whole was right.
 
-    __slots__ = ("_data", "_decode", "_seed", "_stream", "offset", "sequence")
+    When the iteration is over `sequence` and `crc` are those of the last line.
+    """
+
+    __slots__ = ("_data", "_decode", "_seed", "_stream", "sequence")
 
     def __init__(self, stream: BinaryIO, decoder: msgspec.json.Decoder[Line[R]], *, sequence: int, crc: int) -> None:
         self._stream = stream
@@ -181,7 +184,6 @@ class TrustedLines(Generic[R]):
         self._seed = crc
         self._data = b""
         self.sequence = sequence
-        self.offset = 0
 
     @property
     def crc(self) -> int:
@@ -190,9 +192,10 @@ class TrustedLines(Generic[R]):
 
     def __iter__(self) -> Iterator[tuple[bytes, Line[R]]]:
         decode = self._decode
+        line: Line[R] | None = None
+        data = b""
         for data in self._stream:
             line = decode(data)
-            self._data = data
-            self.sequence = line.sequence
-            self.offset += len(data)
             yield data, line
+        self._data = data
+        self.sequence = self.sequence if line is None else line.sequence

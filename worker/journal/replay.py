@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 from uuid import uuid4
@@ -283,10 +284,12 @@ class _Boot:
 
     def _read_sealed(self, file: SealedFile) -> None:
         segment = self._begin(file.name)
-        if not check_size_and_crc(self._files, self._folder, file):
-            self._refuse(file.name, 0, "the sealed file does not have its size and checksum")
         with self._files.reader(self._folder / file.name) as stream:
-            self._fold(TrustedLines(stream, self._decoder, sequence=self._place.sequence, crc=self._place.crc), segment)
+            data = stream.read(file.size + 1)  # small enough to be held, and spared a second reading
+        if (len(data), crc32(data)) != (file.size, file.crc32):
+            self._refuse(file.name, 0, "the sealed file does not have its size and checksum")
+        place = self._place
+        self._fold(TrustedLines(BytesIO(data), self._decoder, sequence=place.sequence, crc=place.crc), segment)
         if self._last_op != SEAL:
             self._refuse(file.name, segment.size, "the sealed file does not end in its seal")
 
@@ -311,13 +314,16 @@ class _Boot:
 
     def _fold(self, lines: CheckedLines[Any] | TrustedLines[Any], segment: Segment) -> None:
         """Hand the records of one file to the replay and take up the place behind its last line."""
-        take, note = self._replay.take, segment.note
+        take = self._replay.take
         block: Taken[Any] = []
+        starts: list[int] = []
+        sequences: list[int] = []
         op, offset = "", 0
         for data, line in lines:
             if op == SEAL:
                 self._refuse(segment.name, offset, "a line follows the seal", line.sequence)
-            note(offset, line.sequence)
+            starts.append(offset)
+            sequences.append(line.sequence)
             op = line.op
             if op in CONTROL_OPS:
                 self._check_control(op, data, segment, offset)
@@ -325,10 +331,12 @@ class _Boot:
                 block.append((data, line))
                 if len(block) == _BLOCK_LINES:
                     take(block)
+                    segment.note(starts, sequences)
                     segment.records += len(block)
-                    block = []
+                    block, starts, sequences = [], [], []
             offset += len(data)
         take(block)
+        segment.note(starts, sequences)
         segment.records += len(block)
         segment.size = offset
         self._segments.append(segment)

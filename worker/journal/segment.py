@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from zlib import crc32
@@ -75,7 +75,7 @@ class Segment:
     __slots__ = ("_file", "_offsets", "_sequences", "first", "name", "records", "size")
 
     def __init__(self, name: str, first: int, *, sequences: array[int] | None = None) -> None:
-        """`first` is the sequence of its first line; `sequences`, of a base, grows by one with each `note`."""
+        """`first` is the sequence of its first line; `sequences`, of a base, grows with each `note`."""
         self.name = name
         self.first = first
         self.size = 0
@@ -94,11 +94,11 @@ class Segment:
         """The sequence of its last line."""
         return self._sequences[-1] if self._sequences is not None else self.first + len(self._offsets) - 1
 
-    def note(self, offset: int, sequence: int) -> None:
-        """The next line begins here; `size` is set past it afterwards."""
-        self._offsets.append(offset)
+    def note(self, offsets: Sequence[int], sequences: Sequence[int]) -> None:
+        """The next lines begin here; `size` is set past them afterwards."""
+        self._offsets.extend(offsets)
         if self._sequences is not None:
-            self._sequences.append(sequence)
+            self._sequences.extend(sequences)
 
     def adopt(self, sequences: memoryview, offsets: memoryview, *, records: int) -> None:
         """Take a base's lines as its index has them: what `dumped` gave."""
