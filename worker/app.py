@@ -37,6 +37,7 @@ from worker.signing import UrlSigner
 from worker.transport.amqp import AmqpTransport
 from worker.transport.http_server import HttpServer
 from worker.upkeep.clean_up import CleanUp
+from worker.upkeep.compaction import Compaction
 from worker.upkeep.ownership import NotOwner, take_ownership
 
 _log = structlog.get_logger()
@@ -108,6 +109,7 @@ class App:
             period_s=settings.limits.clean_up_seconds,
             removed=self.metrics.blob_removed,
         )
+        self.compaction = Compaction(self.registry)
         self.http = HttpServer(
             host=settings.http.host,
             port=settings.http.port,
@@ -175,6 +177,7 @@ class App:
         self.readiness.set("registry", True)
         resumed = self.service.jobs.resume()
         self._background(self.clean_up.run(), "clean-up")
+        self._background(self.compaction.run(), "compaction")
         self._background(self._watch(), "watch")
         if self.amqp is not None:
             await self.amqp.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,17 @@ class VersionTable:
             del self._newest[key]
         self._by_name.pop(key, None)
         self.state[row] |= FORGOTTEN
+
+    def fingerprint(self) -> str:
+        """A digest of what the rows that are there say: the same for the same versions stored in the same order."""
+        there = (np.frombuffer(bytes(self.state), np.uint8) & FORGOTTEN) == 0
+        digest = sha256()
+        for column in (self.stored, self.updated, self.size, self.created):
+            digest.update(np.frombuffer(column.tobytes(), np.uint64)[there].tobytes())
+        digest.update(np.frombuffer(bytes(self.state), np.uint8)[there].tobytes())
+        for row in np.flatnonzero(there).tolist():
+            digest.update(f"{self.model[row]}:{self.version[row]}\n".encode())
+        return digest.hexdigest()
 
     # --- columns for numpy: copies, since an array cannot grow while it is looked at ---
 

@@ -103,11 +103,13 @@ cut off, so it acts on line k only when a later line has `b` > k. At `seal` it g
 
 from __future__ import annotations
 
+from worker.journal.compaction import Base
 from worker.journal.failures import JournalDamaged, JournalFailed, JournalLocked
 from worker.journal.files import Files
 from worker.journal.format import CONTROL_OPS, Entry, Line
 from worker.journal.inspection import VerifyReport, dump, verify
 from worker.journal.journal import SEGMENT_BYTES, Journal, JournalStats
+from worker.journal.manifest import SealedFile, base_name
 from worker.journal.observer import JournalObserver
 from worker.journal.replay import EachEntry, Replay, Taken
 from worker.journal.segment import RecordCold
@@ -115,6 +117,7 @@ from worker.journal.segment import RecordCold
 __all__ = [
     "CONTROL_OPS",
     "SEGMENT_BYTES",
+    "Base",
     "EachEntry",
     "Entry",
     "Files",
@@ -127,8 +130,10 @@ __all__ = [
     "Line",
     "RecordCold",
     "Replay",
+    "SealedFile",
     "Taken",
     "VerifyReport",
+    "base_name",
     "dump",
     "verify",
 ]

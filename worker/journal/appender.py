@@ -16,8 +16,10 @@ from pathlib import Path
 import orjson
 
 from schemas.errors import ModelManagerError
+from worker.journal.base_index import index_name
+from worker.journal.compaction import Base
 from worker.journal.failures import JournalFailed
-from worker.journal.files import Files, SyncFailed, publish, sync, write_all
+from worker.journal.files import Files, SyncFailed, publish, sync, sync_folder, write_all
 from worker.journal.format import CONTROL_OPS, MARK, OPEN, SEAL, make_line
 from worker.journal.observer import JournalObserver
 from worker.journal.replay import Recovered, open_line
@@ -118,15 +120,42 @@ class Appender:
         """
         try:
             with self._failing():
-                if self._last_op != SEAL:
-                    if self.segments[-1].size < self._segment_bytes:
-                        return False
-                    record = {"lines": self._digest.lines, "sha256": self._digest.sha256}
-                    self._write_batch([b'"op":"seal","rec":%b' % orjson.dumps(record)], SEAL)
+                if self._last_op != SEAL and self.segments[-1].size < self._segment_bytes:
+                    return False
+                self._seal()
                 self._open_next()
         except ModelManagerError:
             return False
         return True
+
+    def rotate(self) -> bool:
+        """Begin the next segment, unless the active one has no records: whether it did.
+
+        Raises ModelManagerError ERR_STORAGE_FULL if there is no room for it, JournalFailed.
+        """
+        if not self.segments[-1].records:
+            return False
+        with self._failing():
+            self._seal()
+            self._open_next()
+        return True
+
+    def adopt(self, base: Base, segment: Segment) -> list[str]:
+        """Let `base`, whose lines are in `segment`, stand for the files it was made of: the names of those.
+
+        The base lies here under its name and `.tmp`, checked. Raises ModelManagerError ERR_STORAGE_FULL if there is no
+        room: nothing has changed then. Raises JournalFailed.
+        """
+        with self._failing():
+            for name in (index_name(base.file.name), base.file.name):
+                self._files.rename(self._folder / f"{name}.tmp", self._folder / name)
+            sync_folder(self._files, self._folder)
+            manifest = self.manifest.compacted(base.file, base.stands_for)
+            manifest.publish(self._files, self._folder)
+        left = [name for name in self.manifest.names if name not in manifest.names]
+        self.manifest = manifest
+        self.segments = (segment, *(kept for kept in self.segments if kept.first > base.stands_for))
+        return left
 
     def close(self) -> None:
         self._files.close(self._fd)
@@ -166,6 +195,11 @@ class Appender:
         except OSError as error:
             raise SyncFailed(f"no room, and cutting the file back failed: {error.strerror}") from error
         sync(self._files, self._fd)
+
+    def _seal(self) -> None:
+        if self._last_op != SEAL:
+            record = {"lines": self._digest.lines, "sha256": self._digest.sha256}
+            self._write_batch([b'"op":"seal","rec":%b' % orjson.dumps(record)], SEAL)
 
     def _open_next(self) -> None:
         """The second half of a rotation, from a durable `seal` on. It may be repeated until it succeeds."""

@@ -22,7 +22,7 @@ from worker.journal.format import checks, close
 from worker.journal.manifest import SealedFile
 
 INDEX_VERSION = 1
-_BLOCK_BYTES = 8 * 1024 * 1024
+_BLOCK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +65,10 @@ def write_index(
         files.close(fd)
 
 
-def read_index(files: Files, folder: Path, base: SealedFile) -> BaseIndex | None:
+def read_index(files: Files, path: Path, base: SealedFile) -> BaseIndex | None:
     """The index of `base`, checked; None if there is none that can be used."""
     try:
-        with files.reader(folder / index_name(base.name)) as stream:
+        with files.reader(path) as stream:
             line = stream.readline()
             if not checks(line, 0):
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import time
 from bisect import bisect_right
@@ -13,10 +14,13 @@ from typing import Any
 
 from schemas.errors import ModelManagerError
 from worker.journal.appender import Appender
+from worker.journal.base_index import index_name
+from worker.journal.compaction import Base, read_written
 from worker.journal.failures import JournalFailed
 from worker.journal.files import Files, SyncFailed, sync_folder
 from worker.journal.format import CONTROL_OPS, Entry, encode
 from worker.journal.lock import FolderLock
+from worker.journal.manifest import Manifest, is_base
 from worker.journal.observer import JournalObserver
 from worker.journal.replay import Recovered, Replay, recover
 from worker.journal.room import Room
@@ -189,6 +193,44 @@ class Journal:
     def _position(segments: Sequence[Segment], sequence: int) -> int:
         """Which file has the line `sequence`, if it is there."""
         return max(0, bisect_right(segments, sequence, key=_first) - 1)
+
+    # --- compaction: the files are rewritten by another process, between these two ---
+
+    async def rotate(self) -> Manifest:
+        """Begin a new segment, so that all records until now are in sealed files: the MANIFEST that names those.
+
+        Raises ModelManagerError ERR_STORAGE_FULL without room for it, ERR_SHUTTING_DOWN; JournalFailed.
+        """
+        await asyncio.wrap_future(self._accepting().run(Appender.rotate))
+        return self._appender.manifest
+
+    async def adopt(self, base: Base) -> None:
+        """Let a base that lies here under its name and `.tmp` stand for the files it was made of, and remove those.
+
+        Raises ValueError if it is not what `base` says, or has no index; else as `rotate`. Nothing has changed then.
+        """
+        segment = await asyncio.to_thread(read_written, self._files, self._folder, base)
+        left = await asyncio.wrap_future(self._accepting().run(lambda appender: appender.adopt(base, segment)))
+        self.changes_from = base.changes_from
+        await asyncio.to_thread(self._remove, left)
+
+    def _remove(self, names: list[str]) -> None:
+        for name in names:
+            for file in (name, index_name(name)) if is_base(name) else (name,):
+                # The next boot removes what is left.
+                with contextlib.suppress(OSError):
+                    self._files.unlink(self._folder / file)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    @property
+    def sealed_bytes(self) -> tuple[int, int]:
+        """Bytes of the base, and of the sealed segments behind it."""
+        manifest = self._appender.manifest
+        base = 0 if manifest.base is None else manifest.base.size
+        return base, sum(file.size for file in manifest.sealed) - base
 
     @property
     def head(self) -> int:

@@ -8,7 +8,6 @@ from array import array
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 from uuid import uuid4
@@ -89,6 +88,25 @@ class EachEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where the next file goes on: behind the line `sequence` with `crc`, the last of the file `name`."""
+
+    sequence: int = 0
+    crc: int = 0
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """The sealed files: where their lines are, and the `place` behind them."""
+
+    manifest: Manifest
+    segments: list[Segment]
+    place: Place
+    changes_from: int
+
+
+@dataclass(frozen=True, slots=True)
 class Recovered:
     """A journal as a boot leaves it. The next line follows `sequence` and `crc`."""
 
@@ -99,6 +117,35 @@ class Recovered:
     last_op: str
     torn_bytes: int
     changes_from: int
+
+
+def replay_sealed(files: Files, folder: Path, replay: Replay[Any]) -> Sealed:
+    """Hand the records of all sealed files to `replay`, and change nothing: the owner may go on meanwhile.
+
+    Raises JournalDamaged, OSError.
+    """
+    return _Boot(files, folder, replay).read_sealed()
+
+
+def replay_base(files: Files, path: Path, replay: Replay[Any]) -> Segment:
+    """Hand the records of a base that is not adopted yet to `replay`: where its lines are."""
+    segment = Segment(path.name, 0, sequences=array("Q"))
+    with files.reader(path) as stream:
+        lines = CheckedLines(stream, line_decoder(replay.record), sequence=-1, crc=0, gapless=False)
+        offset, block = 0, []
+        for data, line in lines:
+            segment.note([offset], [line.sequence])
+            offset += len(data)
+            if line.op not in CONTROL_OPS:
+                block.append((data, line))
+            if len(block) == _BLOCK_LINES:
+                replay.take(block)
+                block = []
+        replay.take(block)
+    if lines.fault:
+        raise JournalDamaged(path.name, offset=offset, sequence=lines.sequence + 1, reason=lines.fault)
+    segment.size = offset
+    return segment
 
 
 def open_line(sequence: int, seed: int, *, time_ms: int, manifest: Manifest, previous: str | None) -> tuple[bytes, int]:
@@ -141,15 +188,6 @@ def _is_lone_line(files: Files, path: Path) -> bool:
     with files.reader(path) as stream:
         stream.readline()
         return not stream.read(1)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the next file goes on: behind the line `sequence` with `crc`, the last of the file `name`."""
-
-    sequence: int = 0
-    crc: int = 0
-    name: str | None = None
 
 
 def open_fault(manifest: Manifest, before: Place, op: str, record: dict[str, Any]) -> str | None:
@@ -210,12 +248,17 @@ class _Boot:
         self._stands_for = 0  # the last sequence the base does
         self._last_op = ""
 
-    def run(self) -> Recovered:
+    def read_sealed(self) -> Sealed:
+        """All files but the active one; nothing is changed."""
         for file in self._manifest.sealed:
             if is_base(file.name):
                 self._read_base(file)
             else:
-                self._read_sealed(file)
+                self._read_segment(file)
+        return Sealed(self._manifest, self._segments, self._place, self._changes_from)
+
+    def run(self) -> Recovered:
+        self.read_sealed()
         lines, cut = self._read_active(self._manifest.active)
         newer = newer_segment(self._files, self._folder, self._manifest, self._place.sequence, self._last_op)
         if newer:
@@ -245,7 +288,7 @@ class _Boot:
             sound = beside.submit(check_size_and_crc, self._files, self._folder, file)
             replaces = self._base_header(file)
             segment = Segment(file.name, 0, sequences=array("Q"))
-            index = read_index(self._files, self._folder, file)
+            index = read_index(self._files, self._folder / index_name(file.name), file)
             loaded = index is not None and self._replay.load(index.parts)
             if not sound.result():
                 self._refuse(file.name, 0, "the sealed file does not have its size and checksum")
@@ -282,14 +325,13 @@ class _Boot:
             self._refuse(name, 0, "the file is not the one that comes next")
         return Segment.after(self._place.sequence)
 
-    def _read_sealed(self, file: SealedFile) -> None:
+    def _read_segment(self, file: SealedFile) -> None:
         segment = self._begin(file.name)
-        with self._files.reader(self._folder / file.name) as stream:
-            data = stream.read(file.size + 1)  # small enough to be held, and spared a second reading
-        if (len(data), crc32(data)) != (file.size, file.crc32):
+        if not check_size_and_crc(self._files, self._folder, file):
             self._refuse(file.name, 0, "the sealed file does not have its size and checksum")
         place = self._place
-        self._fold(TrustedLines(BytesIO(data), self._decoder, sequence=place.sequence, crc=place.crc), segment)
+        with self._files.reader(self._folder / file.name) as stream:
+            self._fold(TrustedLines(stream, self._decoder, sequence=place.sequence, crc=place.crc), segment)
         if self._last_op != SEAL:
             self._refuse(file.name, segment.size, "the sealed file does not end in its seal")
 
@@ -364,10 +406,7 @@ class _Boot:
                 self._set_aside(name)
 
     def _superseded(self, name: str) -> bool:
-        """Whether the file was in an earlier MANIFEST, and a base stands for it now; or belongs to an earlier base."""
-        base = self._manifest.base
-        if base is None:
-            return name.endswith(".idx")
+        """Whether a base stands for the file now; or it is of a base that was replaced, or never adopted."""
         if is_base(name) or is_base(name.removesuffix(".idx") + ".jsonl"):
             return True
         first = segment_first(name)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from zlib import crc32
 
+import numpy as np
+
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files
 from worker.journal.format import (
@@ -110,6 +112,12 @@ class Segment:
     def dumped(self) -> dict[str, array[int]]:
         """Its lines, for the index of a base."""
         return {"sequences": self._sequences or array("Q"), "offsets": self._offsets}
+
+    def sequences(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """Those of its lines, in order."""
+        if self._sequences is None:
+            return np.arange(self.first, self.first + len(self._offsets), dtype=np.uint64)
+        return np.frombuffer(self._sequences.tobytes(), np.uint64)
 
     def span(self, sequence: int) -> tuple[int, int] | None:
         """Where the line begins and ends; None if it is not among the lines."""

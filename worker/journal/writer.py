@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -30,6 +31,14 @@ class Pending:
     acknowledged: asyncio.Future[Entry]
 
 
+@dataclass(slots=True, eq=False)
+class Errand:
+    """Something else that is done on the thread, between two batches; `done` gets what it returns or raises."""
+
+    work: Callable[[Appender], Any]
+    done: Future[Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a batch: its entries, or the error that all of it gets. `head` is the last durable line."""
@@ -48,7 +57,7 @@ class Writer:
     def __init__(self, appender: Appender, report: Callable[[Outcome], None]) -> None:
         self._appender = appender
         self._report = report
-        self._queue: SimpleQueue[Pending | None] = SimpleQueue()
+        self._queue: SimpleQueue[Pending | Errand | None] = SimpleQueue()
         # What has been taken and not reported.
         self._batch: list[Pending] = []
         # A daemon, so that a program that ends without closing its journal ends: what was acknowledged is durable.
@@ -59,6 +68,12 @@ class Writer:
 
     def submit(self, pending: Pending) -> None:
         self._queue.put(pending)
+
+    def run(self, work: Callable[[Appender], Any]) -> Future[Any]:
+        """Do this once what was submitted before is done. If the journal stops, JournalFailed."""
+        errand = Errand(work, Future())
+        self._queue.put(errand)
+        return errand.done
 
     def stop(self) -> None:
         """Finish what was submitted before, write a mark and end. Does not wait."""
@@ -76,7 +91,9 @@ class Writer:
                 pending = self._queue.get_nowait()
             except Empty:
                 return left
-            if pending is not None:
+            if isinstance(pending, Errand):
+                pending.done.set_exception(JournalFailed(failure))
+            elif pending is not None:
                 left.append(pending)
 
     def _run(self) -> None:
@@ -94,30 +111,45 @@ class Writer:
         self._rotate()
         stopping = False
         while not stopping:
-            self._batch, stopping = self._take()
-            idle = not self._batch
+            self._batch, errand, stopping = self._take()
+            idle = not self._batch and errand is None
             if self._batch:
                 self._commit(self._batch)
                 self._batch = []
                 self._rotate()
+            if errand is not None:
+                self._do(errand)
             if (idle or stopping) and self._appender.mark():
                 self._report(Outcome([], [], self._appender.sequence))
 
-    def _take(self) -> tuple[list[Pending], bool]:
-        """What waits, up to a full batch, and whether to stop after it. Nothing if a second went by without records."""
+    def _do(self, errand: Errand) -> None:
+        try:
+            result = errand.work(self._appender)
+        except ModelManagerError as error:
+            errand.done.set_exception(error)
+        except BaseException as error:
+            errand.done.set_exception(error)
+            raise
+        else:
+            self._report(Outcome([], [], self._appender.sequence))
+            errand.done.set_result(result)
+
+    def _take(self) -> tuple[list[Pending], Errand | None, bool]:
+        """What waits, up to a full batch; an errand to do after it; whether to stop then. Nothing if a second went by
+        without any."""
         batch: list[Pending] = []
         size = 0
         try:
-            pending = self._queue.get(timeout=IDLE_SECONDS if self._appender.unproven else None)
-            while pending is not None:
-                batch.append(pending)
-                size += len(pending.payload)
+            item = self._queue.get(timeout=IDLE_SECONDS if self._appender.unproven else None)
+            while isinstance(item, Pending):
+                batch.append(item)
+                size += len(item.payload)
                 if size >= BATCH_BYTES or len(batch) == BATCH_LINES:
-                    return batch, False
-                pending = self._queue.get_nowait()
+                    return batch, None, False
+                item = self._queue.get_nowait()
         except Empty:
-            return batch, False
-        return batch, True
+            return batch, None, False
+        return batch, item, item is None
 
     def _commit(self, batch: list[Pending]) -> None:
         try:

@@ -1,0 +1,108 @@
+"""The process that compacts: it reads sealed files only, and writes a base and its index beside them.
+
+A process of its own, so that neither the interpreter's lock nor the memory of the fold is the owner's. The owner adopts
+what was written, or not; this process renames nothing. It prints one JSON object, and ends with its parent.
+
+    python -m worker.upkeep.compaction_child FOLDER BASE_NAME
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from worker.catalog.catalog import Catalog
+from worker.catalog.retention import retained
+from worker.catalog.snapshot import dump_catalog
+from worker.journal.base_index import index_name, write_index
+from worker.journal.compaction import Base, write_base
+from worker.journal.files import Files
+from worker.journal.replay import replay_base, replay_sealed
+from worker.registry import CatalogReplay
+
+_NICENESS = 10
+
+
+class CompactionWrong(Exception):
+    """The base does not give the catalog that the files give: a fault of this program. Nothing is adopted."""
+
+
+def compact(folder: Path, name: str, *, files: Files | None = None) -> Base:
+    """Write `<name>.tmp`, a base that stands for the sealed files of the journal in `folder`, and its index.
+
+    Raises JournalDamaged, CompactionWrong, OSError, SyncFailed.
+    """
+    disk = files or Files()
+    catalog = _catalog()
+    sealed = replay_sealed(disk, folder, CatalogReplay(catalog))
+    catalog.settle()
+    keep = retained(catalog)
+    wanted = _summary(catalog)
+    time_ms = catalog.time_ms
+    del catalog  # the second fold needs the room
+    base = write_base(
+        disk,
+        folder,
+        name,
+        sealed,
+        keep.sequences,
+        changes_from=max(sealed.changes_from, keep.changes_from),
+        time_ms=time_ms,
+    )
+    again = _catalog()
+    segment = replay_base(disk, folder / f"{name}.tmp", CatalogReplay(again))
+    again.settle()
+    if _summary(again) != wanted:
+        raise CompactionWrong(f"the base has {_summary(again)}, the files have {wanted}")
+    parts = {**segment.dumped(), **dump_catalog(again)}
+    write_index(disk, folder / f"{index_name(name)}.tmp", base.file, parts)
+    return base
+
+
+def _catalog() -> Catalog:
+    def no_record(sequence: int, *, wait: bool) -> Any:
+        raise KeyError(sequence)
+
+    return Catalog(no_record)
+
+
+def _summary(catalog: Catalog) -> dict[str, Any]:
+    """What must be the same before and after."""
+    return {
+        **asdict(catalog.totals),
+        "models": catalog.table.models,
+        "deleted": len(catalog.deleted),
+        "deletedBytes": catalog.deleted_bytes,
+        "aliases": sum(map(len, catalog.aliases.values())),
+        "blobs": len(catalog.blobs),
+        "blobBytes": catalog.blobs.bytes,
+        "openUploads": sum(upload.over is None for upload in catalog.uploads.values()),
+        "openJobs": sum(job.over is None for job in catalog.jobs.values()),
+        "fingerprint": catalog.table.fingerprint(),
+    }
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 4096):  # not sys.stdin, whose lock an ending interpreter asks for
+        continue
+    os._exit(1)
+
+
+def main() -> None:
+    with contextlib.suppress(OSError):
+        os.nice(_NICENESS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    folder, name = sys.argv[1:]
+    base = compact(Path(folder), name)
+    sys.stdout.buffer.write(orjson.dumps(asdict(base)))
+
+
+if __name__ == "__main__":
+    main()
