@@ -82,6 +82,7 @@ class Registry:
         self._observe = observe
         self._journal: Journal | None = None
         self._locks = _KeyedLocks()
+        self._warm: dict[int, tuple[Any, int]] = {}  # records that were read for a `look` that goes on
         self._pins: dict[str, int] = {}
         self._unpinned: set[str] = set()
         self._listeners: list[Callable[[Entry], None]] = []
@@ -96,7 +97,10 @@ class Registry:
         catalog.settle()
         self.replay_seconds = time.monotonic() - started
 
-    def _record(self, sequence: int, *, wait: bool) -> Any:
+    def _record(self, sequence: int, *, wait: bool) -> tuple[Any, int]:
+        warm = self._warm.get(sequence)
+        if warm is not None:
+            return warm
         return self.journal.record(sequence, wait=wait)
 
     def start(self) -> None:
@@ -126,15 +130,17 @@ class Registry:
 
     async def look(self, look: Callable[[], _T]) -> _T:
         """What `look` finds in the catalog. It is run again when a record it needs had to be read from the disk."""
-        while True:
-            try:
-                return look()
-            except RecordCold as cold:
-                await self._warm(cold.sequence)
-
-    async def _warm(self, sequence: int) -> None:
-        # Read once on a thread, it is in the page cache for the second look.
-        await asyncio.to_thread(self.journal.record, sequence)
+        warmed: list[int] = []
+        try:
+            while True:
+                try:
+                    return look()
+                except RecordCold as cold:
+                    self._warm[cold.sequence] = await asyncio.to_thread(self.journal.record, cold.sequence)
+                    warmed.append(cold.sequence)
+        finally:
+            for sequence in warmed:
+                self._warm.pop(sequence, None)
 
     # --- writing ---
 

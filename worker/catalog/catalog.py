@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from schemas.journal import StoredFile
 from schemas.wire import timestamp
 from worker.catalog.blobs import BlobIndex
 from worker.catalog.entries import Deletion, JobEntry, ModelEntry, UploadEntry, VersionEntry
+from worker.catalog.entry_cache import EntryCache
 from worker.catalog.order import Order, Rows
 from worker.catalog.records import IndexedLine, IndexedRecord, IndexedRequest
 from worker.catalog.requests import RememberedRequest, RememberedRequests
@@ -29,15 +29,14 @@ from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, Versio
 
 KEPT_MS = 7 * 24 * 3600 * 1000  # uploads and jobs, after they ended
 _KEPT_MOST = 10_000
-_CACHED_ENTRIES = 512
-_CACHED_FILES_MOST = 64
+_CACHED_BYTES = 16 * 1024 * 1024  # of lines; their entries take some three times as much
 
 
 class Records(Protocol):
     """Where the catalog reads records."""
 
-    # The record at a sequence. Without `wait` it may raise instead of waiting for the disk.
-    def __call__(self, sequence: int, *, wait: bool) -> Any: ...
+    # The record at a sequence, and the bytes its line has. Without `wait` it may raise instead of waiting for the disk.
+    def __call__(self, sequence: int, *, wait: bool) -> tuple[Any, int]: ...
 
 
 @dataclass(slots=True)
@@ -71,7 +70,7 @@ class Catalog:
         self.tombstone_times = array("Q")  # their times, unix ms
         self.time_ms = 0  # of the newest record
         self._records = records
-        self._entries: OrderedDict[int, VersionEntry] = OrderedDict()
+        self._entries = EntryCache(_CACHED_BYTES)
         self._replaying = True
         self._apply: dict[str, Callable[[Any, int, int], None]] = {
             "store": self._store,
@@ -140,20 +139,13 @@ class Catalog:
         """The version in a row that is there."""
         entry = self._entries.get(row)
         if entry is not None:
-            self._entries.move_to_end(row)
             return entry
         stored, updated = self.table.stored[row], self.table.updated[row]
-        store = self._records(stored, wait=wait)
-        update = self._records(updated, wait=wait) if updated else None
+        store, size = self._records(stored, wait=wait)
+        update, update_size = self._records(updated, wait=wait) if updated else (None, 0)
         entry = VersionEntry.of(stored, store, update, self.deleted.get(row))
-        self._remember_entry(row, entry)
+        self._entries.put(row, entry, size + update_size)
         return entry
-
-    def _remember_entry(self, row: int, entry: VersionEntry) -> None:
-        if len(entry.files) <= _CACHED_FILES_MOST:
-            self._entries[row] = entry
-            if len(self._entries) > _CACHED_ENTRIES:
-                self._entries.popitem(last=False)
 
     def aliases_of(self, entry: VersionEntry) -> list[str]:
         aliases = self.aliases.get(entry.model.lower())
@@ -250,7 +242,6 @@ class Catalog:
         self._add([IndexedRecord(**members)], [sequence])
         self.blobs.use(record["files"])
         self._tag(row, record["metadata"])
-        self._remember_entry(row, VersionEntry.of(sequence, record, None, None))
         if "upload" in record:
             self._upload_stored(record["upload"], sequence, time_ms)
 
@@ -300,7 +291,7 @@ class Catalog:
         files = () if self._replaying else self.entry(row, wait=True).files
         self.deleted.pop(row, None)
         self.restored.pop(row, None)
-        self._entries.pop(row, None)
+        self._entries.drop(row)
         table.forget(row)
         if not self._replaying:
             self.blobs.forget(row, files)
@@ -385,7 +376,7 @@ class Catalog:
     def _set(self, row: int, flag: int, value: bool) -> None:
         state = self.table.state[row]
         self.table.state[row] = state | flag if value else state & ~flag
-        self._entries.pop(row, None)
+        self._entries.drop(row)
 
     def _tag(self, row: int, metadata: dict[str, Any]) -> None:
         for tag in metadata.get("tags", ()):

@@ -182,8 +182,8 @@ class Journal:
                 return entry
         raise KeyError(sequence)
 
-    def record(self, sequence: int, *, wait: bool = True) -> dict[str, Any]:
-        """The record of that line, checked. Raises KeyError if there is no such line, JournalDamaged if it is not what
+    def record(self, sequence: int, *, wait: bool = True) -> tuple[dict[str, Any], int]:
+        """The record of that line, checked, and the bytes of the line. Raises KeyError if there is no such line, JournalDamaged if it is not what
         it was; without `wait`, RecordCold if it would have to be read from the disk."""
         segments = self._appender.segments
         segment = segments[self._position(segments, sequence)]

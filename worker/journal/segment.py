@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
+import orjson
 
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files
@@ -20,7 +21,6 @@ from worker.journal.format import (
     CheckedLines,
     Entry,
     checks,
-    entry_of,
     line_decoder,
     stored_crc,
 )
@@ -126,9 +126,13 @@ class Segment:
         if self._sequences is None:
             index = sequence - self.first
         else:
-            index = bisect_left(self._sequences, sequence)
-            if index == len(self._sequences) or self._sequences[index] != sequence:
-                return None
+            sequences = self._sequences
+            # Where it is if nothing was dropped before it, else somewhere before.
+            index = min(sequence, len(sequences) - 1)
+            if index < 0 or sequences[index] != sequence:
+                index = bisect_left(sequences, sequence, 0, max(0, index))
+                if index == len(sequences) or sequences[index] != sequence:
+                    return None
         if not 0 <= index < len(offsets):
             return None
         return offsets[index], offsets[index + 1] if index + 1 < len(offsets) else size
@@ -141,8 +145,8 @@ class Segment:
         )
         return self._offsets[index] if index < len(self._offsets) else size
 
-    def record(self, files: Files, folder: Path, sequence: int, *, wait: bool) -> dict[str, Any]:
-        """The record of that line, checked against its crc.
+    def record(self, files: Files, folder: Path, sequence: int, *, wait: bool) -> tuple[dict[str, Any], int]:
+        """The record of that line, checked against its crc, and how many bytes the line has.
 
         Raises KeyError if there is no such line, RecordCold if it is not in memory and `wait` is false, JournalDamaged
         if it is not what it was.
@@ -157,7 +161,7 @@ class Segment:
         if seed is None or not checks(line, seed):
             reason = "the line does not have its checksum"
             raise JournalDamaged(self.name, offset=start, sequence=sequence, reason=reason)
-        return entry_of(line).record
+        return orjson.loads(line)["rec"], end - start
 
     def _read(self, files: Files, folder: Path, start: int, end: int, sequence: int, wait: bool) -> bytes:
         # Kept open: once compaction has removed the file's name, its readers still have its bytes.

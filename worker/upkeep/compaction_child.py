@@ -67,7 +67,7 @@ def compact(folder: Path, name: str, *, files: Files | None = None) -> Base:
 
 
 def _catalog() -> Catalog:
-    def no_record(sequence: int, *, wait: bool) -> Any:
+    def no_record(sequence: int, *, wait: bool) -> tuple[Any, int]:
         raise KeyError(sequence)
 
     return Catalog(no_record)
