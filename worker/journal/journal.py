@@ -183,8 +183,11 @@ class Journal:
         raise KeyError(sequence)
 
     def record(self, sequence: int, *, wait: bool = True) -> tuple[dict[str, Any], int]:
-        """The record of that line, checked, and the bytes of the line. Raises KeyError if there is no such line, JournalDamaged if it is not what
-        it was; without `wait`, RecordCold if it would have to be read from the disk."""
+        """The record of that line, checked, and how many bytes the line has.
+
+        Raises KeyError if there is no such line, JournalDamaged if it is not what it was; without `wait`, RecordCold if
+        it would have to be read from the disk.
+        """
         segments = self._appender.segments
         segment = segments[self._position(segments, sequence)]
         return segment.record(self._files, self._folder, sequence, wait=wait)
