@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+from worker.journal.lock import FolderLock
+
 _READ_BUFFER = 256 * 1024
 
 
@@ -20,6 +22,13 @@ class Files:
 
     def list(self, folder: Path) -> list[str]:
         return sorted(os.listdir(folder))  # noqa: PTH208 - names are what is wanted, not paths
+
+    def is_dir(self, path: Path) -> bool:
+        return path.is_dir()
+
+    def lock(self, folder: Path) -> FolderLock:
+        """Raises JournalLocked at once if another process holds it."""
+        return FolderLock(folder)
 
     def mkdir(self, folder: Path) -> None:
         folder.mkdir(mode=0o750)

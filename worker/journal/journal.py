@@ -98,7 +98,7 @@ class Journal:
         it was written, JournalFailed if an fsync fails, OSError if the disk cannot be used.
         """
         _make_folder(files, folder)
-        lock = FolderLock(folder)
+        lock = files.lock(folder)
         try:
             recovered = _recover_without_collections(files, folder, replay, clock)
             appender = Appender(files, folder, recovered, segment_bytes=segment_bytes, clock=clock, observe=observe)
@@ -359,7 +359,7 @@ def _recover_without_collections(
 
 def _make_folder(files: Files, folder: Path) -> None:
     """Make `folder`, and the folders above it that are missing, durable by name."""
-    if folder.is_dir():
+    if files.is_dir(folder):
         return
     _make_folder(files, folder.parent)
     files.mkdir(folder)

@@ -402,7 +402,7 @@ class _Boot:
         for name in self._names:
             if _OWN_TEMPORARY.fullmatch(name) or (name not in known and self._superseded(name)):
                 self._files.unlink(self._folder / name)
-            elif name not in known and not _TORN_COPY.fullmatch(name) and not (self._folder / name).is_dir():
+            elif name not in known and not _TORN_COPY.fullmatch(name) and not self._files.is_dir(self._folder / name):
                 self._set_aside(name)
 
     def _superseded(self, name: str) -> bool:

@@ -1,0 +1,135 @@
+"""What is played under crashes. A new way of writing gets a scenario here, and all checks apply to it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from tests.crash.disk import Disk
+from tests.crash.stage import FOLDER, Over, Scenario, Stage, Violation
+
+_NOTE = b"left by an operator"
+
+
+def first_creation(stage: Stage) -> None:
+    with stage.life():
+        stage.put()
+
+
+def appending(stage: Stage) -> None:
+    """Batches of less than a sector and of several."""
+    with stage.life(killed=True):
+        for count in (1, 3, 12):
+            stage.put(count, size=90)
+
+
+def rotation(stage: Stage) -> None:
+    with stage.life(segment_bytes=700):
+        for count in (1, 2, 4, 1, 3):
+            stage.put(count)
+
+
+def rotation_after_a_boot(stage: Stage) -> None:
+    """The first line a boot left behind is one the seal has to sum up."""
+    with stage.life(segment_bytes=900, killed=True):
+        stage.put(3)
+    with stage.life(segment_bytes=500):
+        stage.put(2)
+        stage.put(2)
+
+
+def closing(stage: Stage) -> None:
+    for _ in range(3):
+        with stage.life():
+            stage.put(2)
+
+
+def torn_tail(stage: Stage) -> None:
+    """A boot that finds the last batch without every other sector, and goes on."""
+    with stage.life(killed=True):
+        stage.put(2)
+        stage.put(9, size=200)
+    torn = next(moment for moment in reversed(stage.moments) if moment.name == "fdatasync")
+    stage.crash(torn, (unit for unit in torn.disk.units() if unit.kind != "sector" or unit.sector % 2))
+    with stage.life(killed=True):
+        stage.put(2)
+
+
+def failed_sync(stage: Stage) -> None:
+    """The cache shows the next process what the disk does not have."""
+    with suppress(Over), stage.life():
+        stage.put(2, size=150)
+        stage.trouble = failing("fdatasync", errno.EIO)
+        stage.put(2, size=300)
+    stage.trouble = lambda name: None
+    with stage.life(killed=True):
+        stage.put(1)
+
+
+def no_room(stage: Stage) -> None:
+    """A write that ends within a batch, behind whole lines of it, and is taken back."""
+    with stage.life(killed=True):
+        stage.put(1)
+        room = iter((700,))
+
+        def full(name: str) -> int | None:
+            if name != "pwrite":
+                return None
+            if (left := next(room, None)) is None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return left
+
+        stage.trouble = full
+        stage.put(8, size=150)
+        stage.trouble = lambda name: None
+        stage.put(2)
+
+
+def unknown_file(stage: Stage) -> None:
+    disk = stage.disk
+    disk.mkdir(FOLDER.parent)
+    disk.mkdir(FOLDER)
+    fd = disk.open(FOLDER / "note.txt", os.O_RDWR | os.O_CREAT)
+    disk.pwrite(fd, _NOTE, 0)
+    disk.fdatasync(fd)
+    for folder in (Path("/"), FOLDER.parent, FOLDER):
+        disk.fsync_dir(folder)
+    stage.moments.clear()
+    for _ in range(2):
+        with stage.life(killed=True):
+            stage.put(1)
+
+
+def failing(name: str, number: int) -> Callable[[str], None]:
+    """Every operation of that name fails."""
+
+    def fail(operation: str) -> None:
+        if operation == name:
+            raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def note_is_kept(disk: Disk) -> None:
+    aside = FOLDER / "aside"
+    places = [FOLDER / "note.txt", *(aside / name for name in (disk.list(aside) if disk.is_dir(aside) else []))]
+    for path in places:
+        if path.name in disk.list(path.parent) and disk.reader(path).read() == _NOTE:
+            return
+    raise Violation("a file that was not known is gone")
+
+
+SCENARIOS = (
+    Scenario("first creation", first_creation),
+    Scenario("append", appending),
+    Scenario("rotation", rotation),
+    Scenario("rotation after a boot", rotation_after_a_boot),
+    Scenario("close", closing),
+    Scenario("torn tail", torn_tail),
+    Scenario("failed sync", failed_sync),
+    Scenario("no room", no_room),
+    Scenario("unknown file", unknown_file, intact=note_is_kept),
+)
