@@ -1,4 +1,4 @@
-"""Compaction keeps all that the catalog, the change feed and repeated requests need, and a boot is the same after it."""
+"""Compaction keeps all that the catalog, the change feed and repeated requests need, and a boot stays the same."""
 
 from __future__ import annotations
 
