@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,10 +91,8 @@ class Stage:
     def play(self) -> list[Moment]:
         """Every moment of the scenario, its end among them."""
         self._listen()
-        try:
+        with suppress(Over):
             self.scenario.play(self)
-        except Over:
-            pass
         self.moments.append(Moment(len(self.moments), "end", self.disk.copy(), self._promise))
         return self.moments
 

@@ -260,6 +260,31 @@ def test_the_journal_of_a_running_worker_can_be_verified_and_dumped(http_service
     assert json.loads(lines[0])["sequence"] == 2
 
 
+def test_a_running_worker_keeps_its_journal_and_a_stopped_ones_is_compacted(tmp_path: Path) -> None:
+    process, address = started(tmp_path, "serve")
+    for tag in ("a", "b"):
+        assert (
+            run("push", __file__, f"m-{tag}:1.0.0", "--type", "custom", "--url", address, folder=tmp_path).status == 0
+        )
+        assert run("set", f"m-{tag}:1.0.0", f"note={tag}", "--url", address, folder=tmp_path).status == 0
+    refused = run("journal", "compact", folder=tmp_path)
+    assert refused.status == 4
+    assert "in use" in refused.err
+    assert stopped(process) == 0
+    ran = run("journal", "compact", "-o", "json", folder=tmp_path)
+    assert ran.status == 0
+    assert ran.document["bytes"] > 0
+    registry = tmp_path / "data/registry"
+    assert [path.suffix for path in sorted(registry.glob("base-*"))] == [".idx", ".jsonl"]
+    lines = [json.loads(line) for path in registry.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert {line["rec"]["model"] for line in lines if line["op"] == "store"} == {"m-a", "m-b"}
+    process, address = started(tmp_path, "serve")
+    shown = run("show", "m-b", "-o", "json", "--url", address, folder=tmp_path)
+    assert shown.document["metadata"]["note"] == "b"
+    assert stopped(process) == 0
+    assert run("journal", "verify", folder=tmp_path).status == 0
+
+
 def test_a_damaged_journal_is_told_with_status_5(tmp_path: Path) -> None:
     process, _ = started(tmp_path, "serve")
     assert stopped(process) == 0

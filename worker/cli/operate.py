@@ -202,6 +202,31 @@ def dump_journal(
         raise _no_journal() from None
 
 
+@journal.command("compact")
+def compact_journal(
+    ctx: typer.Context, registry_path: RegistryPath = None, rack: Rack = None, output: Form = Format.TABLE
+) -> None:
+    """Rewrite the journal without the records that nothing needs any more. A worker that runs does it by itself."""
+    from worker.journal import JournalDamaged, JournalLocked
+    from worker.upkeep.compaction import CompactionFailed, compact_folder
+
+    out = _started(ctx, output)
+    folder = _loaded(out, rack=rack, registry_path=registry_path).settings.registry.path
+    if not (folder / "MANIFEST").exists():
+        raise _no_journal()
+    try:
+        done = asyncio.run(compact_folder(folder))
+    except JournalLocked as locked:
+        text = f"The journal is in use: {locked}. The worker that runs compacts it by itself."
+        raise ModelManagerError("ERR_CONFLICT", text) from None
+    except JournalDamaged as error:
+        raise ModelManagerError("ERR_CHECKSUM_MISMATCH", str(error), hint="") from None
+    except CompactionFailed as error:
+        raise ModelManagerError("ERR_INTERNAL", f"Not compacted, and nothing has changed: {error}.") from None
+    facts = {"bytesBefore": done.bytes_before, "bytes": done.bytes, "records": done.records, "seconds": done.seconds}
+    out.result({"success": True, **facts}, lambda: pairs(facts))
+
+
 def _journal_report(settings: Settings) -> dict[str, Any]:
     from worker.journal import JournalDamaged, verify
 

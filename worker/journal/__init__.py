@@ -6,6 +6,8 @@ Folder
 ```
 LOCK                                 flock(LOCK_EX) for the life of the owner; its text (pid, host) is information only
 MANIFEST                             names the files that count, in order; replaced only as a whole
+base-<number, 10 digits>.jsonl       at most one: the records of compacted segments that are still needed
+base-<number>.idx                    derived from it; may be deleted at any time
 seg-<first sequence, 20 digits>.jsonl   segments: sealed ones, then exactly one active one
 seg-....jsonl.<offset>[.<n>].torn    bytes cut from the end of a segment at a boot; kept for people, never read
 aside/                               files a boot found here and did not know; never read
@@ -47,6 +49,31 @@ Lines of the journal itself; each is a batch of its own
 `mark`  nothing but a later batch: it proves the batch before it durable. Written on a clean shutdown and after a second
         without records. `rec` is empty.
 
+A base
+======
+
+Compaction writes one in place of the base and the sealed segments before it. It is sealed from the start, and has lines
+like theirs, in a chain of `crc` of its own that starts from 0:
+
+- first an `open` line with `seq` and `b` 0. `rec`: `format`, `registryId`, `epoch`, `previous` (null), `replaces`
+  (`{"sequence", "name", "crc"}`: the last line it stands for, the file that line was in, and its `crc`), `changesFrom`:
+  a reader of the changes that has not seen this sequence would miss what was taken away since (0: nothing);
+- the kept lines, byte for byte but for their `crc`: `seq` ascends with gaps, and `seq`, `b` and `t` are what they were;
+- last a `seal` line with `seq` and `b` equal to `replaces.sequence`.
+
+The segment behind it goes on from `replaces`: its name has that sequence and one, and its first line is chained to
+`replaces.crc` and names `replaces.name` as the file before. Which records are needed is the catalog's to say
+(`worker/catalog/retention.py`); the others leave no trace, so a fold ignores a record about what is not there.
+
+Steps, each of which may be the last one before a crash: rotate; another process writes the base and its index under
+their names and `.tmp`, fsynced; the owner reads every byte of both again; it renames them and fsyncs the folder; it
+publishes MANIFEST, which is the commit; it removes the files the base stands for. What an earlier step leaves is
+removed by the next boot: `*.tmp`, any base that MANIFEST does not name, segments up to `replaces.sequence`.
+
+The index (`worker/journal/base_index.py`) has the places of the base's lines and what a replay made of them. A boot
+takes it in place of parsing the base, whose whole `crc32` it checks all the same. One that is missing, does not check
+or is of another version costs time, nothing else.
+
 MANIFEST
 ========
 
@@ -57,7 +84,8 @@ One JSON object on one line, closed as a line is (`,"crc":"xxxxxxxx"}` and a new
 ```
 
 `generation` grows by one with each replacement. All files but the last are sealed: `size` in bytes, number of `lines`,
-`crc32` (8 hex digits, started from 0) and `sha256` of the whole file. The last one is active and has a name only. Like
+`crc32` (8 hex digits, started from 0) and `sha256` of the whole file. A base comes first. The last file is active and
+has a name only. Like
 every file here it is published: written under `<name>.tmp`, fsynced, renamed, and the folder fsynced.
 
 Promises of the writer

@@ -7,6 +7,8 @@ import contextlib
 import shutil
 import sys
 import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import orjson
 import structlog
@@ -26,6 +28,16 @@ class CompactionFailed(Exception):
     """Nothing has changed; str() says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Compacted:
+    """Bytes of the sealed files before, those of the base, and its records; how long it took."""
+
+    bytes_before: int
+    bytes: int
+    records: int
+    seconds: float
+
+
 class Compaction:
     """Rewrites the sealed segments once they are as large as the base, and at least `min_bytes`."""
 
@@ -33,9 +45,6 @@ class Compaction:
         self._registry = registry
         self._min_bytes = min_bytes
         self._period_s = period_s
-        self.runs = 0
-        self.failures = 0
-        self.last_seconds = 0.0
 
     async def run(self) -> None:
         """Look every period; a failure is told, and tried again later."""
@@ -44,9 +53,9 @@ class Compaction:
             if not self._is_due():
                 continue
             try:
-                await self.compact()
+                done = await self.compact()
+                _log.info("journal_compacted", **asdict(done))
             except (CompactionFailed, ModelManagerError) as error:
-                self.failures += 1
                 _log.error("compaction_failed", reason=str(error))
                 await asyncio.sleep(_AFTER_FAILURE_S)
 
@@ -55,7 +64,7 @@ class Compaction:
         base, behind = journal.sealed_bytes
         return journal.healthy and behind >= max(self._min_bytes, base)
 
-    async def compact(self) -> None:
+    async def compact(self) -> Compacted:
         """Compact now. Raises CompactionFailed, ModelManagerError, JournalFailed."""
         journal = self._registry.journal
         began = time.monotonic()
@@ -69,15 +78,7 @@ class Compaction:
             await journal.adopt(base)
         except ValueError as error:
             raise CompactionFailed(str(error)) from None
-        self.runs += 1
-        self.last_seconds = time.monotonic() - began
-        _log.info(
-            "journal_compacted",
-            seconds=round(self.last_seconds, 3),
-            before_bytes=before,
-            after_bytes=base.file.size,
-            records=base.file.lines - 2,
-        )
+        return Compacted(before, base.file.size, base.file.lines - 2, round(time.monotonic() - began, 3))
 
 
 async def _written(journal: Journal, name: str) -> Base:
@@ -107,3 +108,17 @@ async def _written(journal: Journal, name: str) -> Base:
         raise CompactionFailed(f"the compacting process ended with status {status}: {reason}")
     members = orjson.loads(output)
     return Base(SealedFile(**members["file"]), members["stands_for"], members["changes_from"])
+
+
+async def compact_folder(folder: Path) -> Compacted:
+    """Compact the journal of a registry that no worker has open.
+
+    Raises JournalLocked, JournalDamaged, CompactionFailed, ModelManagerError.
+    """
+    registry = Registry(folder)
+    await asyncio.to_thread(registry.open)
+    registry.start()
+    try:
+        return await Compaction(registry).compact()
+    finally:
+        await registry.close()
