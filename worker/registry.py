@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,24 +39,32 @@ class Change:
     record: Any
 
 
-class _KeyedLocks:
-    """One lock for each name in use; names without a holder cost nothing."""
+class _Scopes:
+    """One holder for each name in use, and who waits to be the next."""
 
     def __init__(self) -> None:
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
-    async def run(self, name: str, work: Callable[[], Any]) -> Any:
-        lock, users = self._locks.get(name) or (asyncio.Lock(), 0)
-        self._locks[name] = (lock, users + 1)
-        try:
-            async with lock:
-                return await work()
-        finally:
-            lock, users = self._locks[name]
-            if users == 1:
-                del self._locks[name]
-            else:
-                self._locks[name] = (lock, users - 1)
+    def take(self, name: str) -> bool:
+        """Hold the name, if it is free."""
+        if name in self._waiting:
+            return False
+        self._waiting[name] = deque()
+        return True
+
+    async def wait(self, name: str) -> None:
+        """Hold the name, when its turn has come. Not to be cancelled."""
+        if not self.take(name):
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting[name].append(turn)
+            await turn
+
+    def release(self, name: str) -> None:
+        waiting = self._waiting[name]
+        if waiting:
+            waiting.popleft().set_result(None)
+        else:
+            del self._waiting[name]
 
 
 class CatalogReplay:
@@ -81,7 +91,7 @@ class Registry:
         self._folder = folder
         self._observe = observe
         self._journal: Journal | None = None
-        self._locks = _KeyedLocks()
+        self._scopes = _Scopes()
         self._warm: dict[int, tuple[Any, int]] = {}  # records that were read for a `look` that goes on
         self._pins: dict[str, int] = {}
         self._unpinned: set[str] = set()
@@ -149,33 +159,65 @@ class Registry:
 
         `pins` are storage keys that must stay until this is over. The transaction outlives a cancelled caller.
         """
-        task = asyncio.create_task(self._transact(scope, decide))
         held = list(pins)
-        self.pin(held)
+        if not self._scopes.take(scope):
+            return await self._transact_in_turn(scope, decide, held)
+        # The way of nearly all writes: decided, handed over and waited for with no task of its own.
+        try:
+            outcome = decide()
+            if not isinstance(outcome, Change):
+                self._scopes.release(scope)
+                return outcome
+            self.pin(held)
+            try:
+                written = self.journal.submit(outcome.op, outcome.record, partial(self._settled, scope, held))
+            except BaseException:
+                self.unpin(held)
+                raise
+            if written is None:
+                self.unpin(held)
+        except RecordCold:
+            written = None
+        except JournalFailed:
+            self._scopes.release(scope)
+            raise _outcome_unknown() from None
+        except BaseException:
+            self._scopes.release(scope)
+            raise
+        if written is None:
+            self._scopes.release(scope)
+            return await self._transact_in_turn(scope, decide, held)
+        try:
+            return await written
+        except JournalFailed:
+            raise _outcome_unknown() from None
+
+    def _settled(self, scope: str, pins: list[str]) -> None:
+        self._scopes.release(scope)
+        self.unpin(pins)
+
+    async def _transact_in_turn(self, scope: str, decide: Callable[[], Change | _T], pins: list[str]) -> Entry | _T:
+        """The same for a write that waits: for its turn, for a record, or for room."""
+        task = asyncio.create_task(self._transact(scope, decide))
+        self.pin(pins)
         self._transactions.add(task)
         task.add_done_callback(self._transactions.discard)
-        task.add_done_callback(lambda _: self.unpin(held))
+        task.add_done_callback(lambda _: self.unpin(pins))
         return await asyncio.shield(task)
 
     async def _transact(self, scope: str, decide: Callable[[], Change | _T]) -> Entry | _T:
-        async def work() -> Entry | _T:
+        await self._scopes.wait(scope)
+        try:
             outcome = await self.look(decide)
-            if not isinstance(outcome, Change):
-                return outcome
-            try:
-                return await self.journal.append(outcome.op, outcome.record)
-            except JournalFailed:
-                raise ModelManagerError(
-                    "ERR_STORAGE_UNAVAILABLE",
-                    "The registry's disk failed; whether this was stored is not known. Repeat the request.",
-                ) from None
-
-        outcome: Entry | _T = await self._locks.run(scope, work)
-        return outcome
+            return await self.journal.append(outcome.op, outcome.record) if isinstance(outcome, Change) else outcome
+        except JournalFailed:
+            raise _outcome_unknown() from None
+        finally:
+            self._scopes.release(scope)
 
     def _on_durable(self, entries: Sequence[Entry]) -> None:
+        self.catalog.apply(entries)
         for entry in entries:
-            self.catalog.apply(entry.op, entry.record, entry.sequence, entry.time_ms)
             for listener in self._listeners:
                 listener(entry)
         self._moved.set()
@@ -242,3 +284,10 @@ class Registry:
         if known.hash != idempotency["hash"]:
             raise ModelManagerError("ERR_CONFLICT", "This idempotency key was used for another request.")
         return await asyncio.to_thread(self.journal.entry, known.sequence)
+
+
+def _outcome_unknown() -> ModelManagerError:
+    return ModelManagerError(
+        "ERR_STORAGE_UNAVAILABLE",
+        "The registry's disk failed; whether this was stored is not known. Repeat the request.",
+    )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 import pytest
 
-from tests.amqp import Caller, Served, calling, eventually, serving
+from tests.amqp import PATIENCE_S, Caller, Served, calling, eventually, serving
 from worker.transport import topology
 from worker.transport.reply_addresses import DIRECT_PREFIX
 
@@ -28,8 +31,12 @@ def close_connections(rabbitmq, name: str) -> None:
 
 
 async def expect_one_consumer(caller: Caller, served: Served) -> None:
+    """The broker counts a consumer that is gone for a moment longer."""
     await served.until_consuming()
-    assert await caller.consumers() == 1
+    deadline = time.monotonic() + PATIENCE_S
+    while (count := await caller.consumers()) != 1:
+        assert time.monotonic() < deadline, f"{count} consumers"
+        await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("role", ["consume", "publish"])

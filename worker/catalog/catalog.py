@@ -23,7 +23,7 @@ from worker.catalog.blobs import BlobIndex
 from worker.catalog.entries import Deletion, JobEntry, ModelEntry, UploadEntry, VersionEntry
 from worker.catalog.entry_cache import EntryCache
 from worker.catalog.order import Order, Rows
-from worker.catalog.records import IndexedLine, IndexedRecord, IndexedRequest
+from worker.catalog.records import AppendedEntry, IndexedLine, IndexedRecord, IndexedRequest, indexed
 from worker.catalog.requests import RememberedRequest, RememberedRequests
 from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, VersionTable
 
@@ -73,7 +73,6 @@ class Catalog:
         self._entries = EntryCache(_CACHED_BYTES)
         self._replaying = True
         self._apply: dict[str, Callable[[Any, int, int], None]] = {
-            "store": self._store,
             "update": self._update,
             "delete": self._delete,
             "restore": self._restore,
@@ -175,13 +174,22 @@ class Catalog:
 
     # --- folding ---
 
-    def apply(self, op: str, record: Any, sequence: int, time_ms: int) -> None:
-        """Fold one record that comes after the replay. One about what is not there changes nothing."""
-        self._apply[op](record, sequence, time_ms)
-        self.time_ms = max(self.time_ms, time_ms)
-        idem = record.get("idem")
-        if idem is not None:
-            self.requests.add(idem["key"], RememberedRequest(idem["hash"], sequence, time_ms))
+    def apply(self, entries: Sequence[AppendedEntry]) -> None:
+        """Fold records that came after the replay. One about what is not there changes nothing."""
+        stores: list[AppendedEntry] = []
+        for entry in entries:
+            if entry.op == "store":
+                stores.append(entry)
+            else:
+                self._store(stores)
+                stores = []
+                self._apply[entry.op](entry.record, entry.sequence, entry.time_ms)
+            self.time_ms = max(self.time_ms, entry.time_ms)
+            idem = entry.record.get("idem")
+            if idem is not None:
+                request = RememberedRequest(idem["hash"], entry.sequence, entry.time_ms)
+                self.requests.add(idem["key"], request)
+        self._store(stores)
 
     # What of a record is decoded for `take`.
     record = IndexedRecord
@@ -236,14 +244,15 @@ class Catalog:
         for order in self.orders.values():
             order.add(range(first, len(self.table)))
 
-    def _store(self, record: Any, sequence: int, time_ms: int) -> None:
-        row = len(self.table)
-        members = {name: record[name] for name in ("model", "version", "type", "size", "created")}
-        self._add([IndexedRecord(**members)], [sequence])
-        self.blobs.use(record["files"])
-        self._tag(row, record["metadata"])
-        if "upload" in record:
-            self._upload_stored(record["upload"], sequence, time_ms)
+    def _store(self, entries: list[AppendedEntry]) -> None:
+        first = len(self.table)
+        self._add([indexed(entry.record) for entry in entries], [entry.sequence for entry in entries])
+        for row, entry in enumerate(entries, first):
+            record = entry.record
+            self.blobs.use(record["files"])
+            self._tag(row, record["metadata"])
+            if "upload" in record:
+                self._upload_stored(record["upload"], entry.sequence, entry.time_ms)
 
     def _update(self, record: Any, sequence: int, time_ms: int) -> None:
         row = self.table.find(record["model"], record["version"])
@@ -380,9 +389,14 @@ class Catalog:
 
     def _tag(self, row: int, metadata: dict[str, Any]) -> None:
         for tag in metadata.get("tags", ()):
-            rows = self.by_tag.setdefault(tag, array("I"))
+            rows = self.by_tag.get(tag)
+            if rows is None:
+                rows = self.by_tag[tag] = array("I")
+            if not rows or rows[-1] < row:
+                rows.append(row)
+                continue
             place = bisect_left(rows, row)
-            if place == len(rows) or rows[place] != row:
+            if rows[place] != row:
                 rows.insert(place, row)
 
 

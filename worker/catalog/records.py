@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -52,3 +52,30 @@ class IndexedLine(Protocol):
 
     @property
     def record(self) -> IndexedRecord: ...
+
+
+class AppendedEntry(Protocol):
+    """A record that has just become durable."""
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def sequence(self) -> int: ...
+
+    @property
+    def time_ms(self) -> int: ...
+
+    @property
+    def record(self) -> dict[str, Any]: ...
+
+
+def indexed(record: dict[str, Any]) -> IndexedRecord:
+    """What the table has of a `store` record."""
+    return IndexedRecord(
+        model=record["model"],
+        version=record["version"],
+        type=record["type"],
+        size=record["size"],
+        created=record["created"],
+    )

@@ -142,22 +142,44 @@ class Journal:
         the disk has no room (nothing was appended, the journal goes on), ERR_SHUTTING_DOWN once it is closing. Raises
         JournalFailed when the journal has stopped: the outcome is unknown.
         """
-        if op in CONTROL_OPS:
-            raise ValueError(f"{op!r} belongs to the journal")
         since = time.perf_counter()
-        payload = encode(op, record)
-        writer = self._accepting()
+        payload = self._encode(op, record)
         await self._room.acquire(len(payload))
         try:
             # It may have stopped, or begun to close, while this record waited for its turn.
-            self._accepting()
+            writer = self._accepting()
         except BaseException:
             self._room.release(1, len(payload))
             raise
-        acknowledged: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
+        return await self._submit(writer, Pending(op, record, payload, since, self._future()))
+
+    def submit(self, op: str, record: dict[str, Any], settled: Callable[[], None]) -> asyncio.Future[Entry] | None:
+        """As `append`, but at once; None if it would have to wait for room, and nothing is appended then.
+
+        `settled` is called on the loop as soon as the outcome is known, also when the future was cancelled.
+        """
+        since = time.perf_counter()
+        payload = self._encode(op, record)
+        writer = self._accepting()
+        if not self._room.try_acquire(len(payload)):
+            return None
+        return self._submit(writer, Pending(op, record, payload, since, self._future(), settled))
+
+    def _encode(self, op: str, record: dict[str, Any]) -> bytes:
+        if op in CONTROL_OPS:
+            raise ValueError(f"{op!r} belongs to the journal")
+        payload = encode(op, record)
+        self._accepting()
+        return payload
+
+    def _submit(self, writer: Writer, pending: Pending) -> asyncio.Future[Entry]:
         self._queued += 1
-        writer.submit(Pending(op, record, payload, since, acknowledged))
-        return await acknowledged
+        writer.submit(pending)
+        return pending.acknowledged
+
+    @staticmethod
+    def _future() -> asyncio.Future[Entry]:
+        return asyncio.get_running_loop().create_future()
 
     def read(self, after: int, limit: int) -> list[Entry]:
         """The first `limit` (1 or more) business records with a sequence above `after`, up to `head`, in order. Blocks.
@@ -308,6 +330,8 @@ class Journal:
         for pending, entry in zip(outcome.batch, outcome.entries, strict=True):
             if not pending.acknowledged.done():
                 pending.acknowledged.set_result(entry)
+            if pending.settled is not None:
+                pending.settled()
             self._observe.append_seconds(now - pending.since)
         self._make_room(outcome.batch)
 
@@ -315,6 +339,8 @@ class Journal:
         for pending in batch:
             if not pending.acknowledged.done():
                 pending.acknowledged.set_exception(error)
+            if pending.settled is not None:
+                pending.settled()
         self._make_room(batch)
 
     def _make_room(self, batch: list[Pending]) -> None:

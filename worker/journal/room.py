@@ -14,10 +14,16 @@ class Room:
         self._bytes_free = size
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
+    def try_acquire(self, size: int) -> bool:
+        """Take a place for one record of `size` bytes if there is one now."""
+        if self._waiting or not self._is_free():
+            return False
+        self._grant(size)
+        return True
+
     async def acquire(self, size: int) -> None:
         """A place for one record of `size` bytes. Raises what `refuse` was given, if that comes first."""
-        if not self._waiting and self._is_free():
-            self._grant(size)
+        if self.try_acquire(size):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((size, turn))

@@ -22,13 +22,15 @@ IDLE_SECONDS = 1.0
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A record on its way; `since` is when it was handed over (perf_counter)."""
+    """A record on its way; `since` is when it was handed over (perf_counter). `settled` is called on the loop once its
+    outcome is known, whether anybody waits for `acknowledged` or not."""
 
     op: str
     record: dict[str, Any]
     payload: bytes
     since: float
     acknowledged: asyncio.Future[Entry]
+    settled: Callable[[], None] | None = None
 
 
 @dataclass(slots=True, eq=False)
