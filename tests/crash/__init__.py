@@ -1,6 +1,4 @@
-"""The crash lab: every way in which a journal's bytes, its disk or its process can fail, in a bounded and a full form.
+"""The crash lab: a disk that forgets, what is played on it, and every state that a crash may leave of it.
 
-`python -m tests.crash` runs the whole matrix and counts; the tests in `tests/faults/test_journal_*.py` run bounded
-forms of the same code. `python -m tests.crash.mutations` takes away each sync, rename and comparison in turn, and
-looks whether a test notices.
+`python -m tests.crash` looks at all of it and counts; `tests/faults/test_journal_crashes.py` at a bounded part.
 """

@@ -8,8 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from schemas.errors import ModelManagerError
-from worker.journal import SEGMENT_BYTES, Entry, Files, Journal, JournalFailed
+from worker.journal import SEGMENT_BYTES, EachEntry, Entry, Files, Journal, JournalFailed, base_name
+from worker.journal.base_index import index_name, write_index
+from worker.journal.compaction import write_base
+from worker.journal.replay import replay_base, replay_sealed
 
 Record = dict[str, Any]
 
@@ -25,6 +30,8 @@ class Life:
     """From a boot to `close`. Each record is `put` and answered before the next call."""
 
     def __init__(self, folder: Path, files: Files, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self._folder = folder
+        self._files = files
         self.found: list[Entry] = []
         self.journal = Journal.open(folder, replay=self.found.append, files=files, segment_bytes=segment_bytes)
         self._runner = asyncio.Runner()
@@ -52,6 +59,23 @@ class Life:
             return await asyncio.gather(*map(one, records))
 
         return self._runner.run(all_of_them())
+
+    def compact(self) -> None:
+        """Rewrite the sealed files with every record they have, step by step as a compaction does."""
+        folder, files = self._folder, self._files
+
+        async def compacting() -> None:
+            manifest = await self.journal.rotate()
+            name = base_name(manifest.generation + 1)
+            sequences: list[int] = []
+            sealed = replay_sealed(files, folder, EachEntry(lambda entry: sequences.append(entry.sequence)))
+            keep = np.array(sequences, np.uint64)
+            base = write_base(files, folder, name, sealed, keep, changes_from=0, time_ms=0)
+            segment = replay_base(files, folder / f"{name}.tmp", EachEntry(lambda entry: None))
+            write_index(files, folder / f"{index_name(name)}.tmp", base.file, segment.dumped())
+            await self.journal.adopt(base)
+
+        self._runner.run(compacting())
 
     def catch_up(self) -> None:
         """Called on the writer's thread: wait until everything it has reported so far was answered."""

@@ -58,6 +58,28 @@ def torn_tail(stage: Stage) -> None:
         stage.put(2)
 
 
+def compaction(stage: Stage) -> None:
+    """Twice, so that the second base replaces the first."""
+    with stage.life(segment_bytes=700, killed=True):
+        stage.put(3)
+        stage.put(2)
+        stage.compact()
+        stage.put(2)
+        stage.compact()
+        stage.put(1)
+
+
+def compaction_after_a_boot(stage: Stage) -> None:
+    """The files that the boot finds are left of a base that was adopted, and of one that was not."""
+    with stage.life(killed=True):
+        stage.put(2)
+        stage.compact()
+        stage.put(1)
+    with stage.life(killed=True):
+        stage.put(1)
+        stage.compact()
+
+
 def failed_sync(stage: Stage) -> None:
     """The cache shows the next process what the disk does not have."""
     with suppress(Over), stage.life():
@@ -128,6 +150,8 @@ SCENARIOS = (
     Scenario("rotation", rotation),
     Scenario("rotation after a boot", rotation_after_a_boot),
     Scenario("close", closing),
+    Scenario("compaction", compaction),
+    Scenario("compaction after a boot", compaction_after_a_boot),
     Scenario("torn tail", torn_tail),
     Scenario("failed sync", failed_sync),
     Scenario("no room", no_room),

@@ -130,6 +130,14 @@ class Stage:
         if any(isinstance(outcome, JournalFailed) for outcome in self._life.put(records, self._answered)):
             raise Over
 
+    def compact(self) -> None:
+        """Raises Over once the journal has stopped."""
+        assert self._life is not None
+        try:
+            self._life.compact()
+        except (JournalFailed, ModelManagerError, OSError) as error:
+            raise Over from error
+
     def crash(self, moment: Moment, kept: Iterable[Unit]) -> None:
         """Go back to `moment`, cut the power and go on with what is left."""
         self._promise = moment.promise

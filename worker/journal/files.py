@@ -99,9 +99,11 @@ def sync(files: Files, fd: int) -> None:
 
 
 def sync_folder(files: Files, folder: Path) -> None:
-    """Make the names in `folder` durable. Raises SyncFailed."""
+    """Make the names in `folder` durable. Raises SyncFailed; PermissionError if it may not be read."""
     try:
         files.fsync_dir(folder)
+    except PermissionError:
+        raise
     except OSError as error:
         raise SyncFailed(os.strerror(error.errno or 0)) from error
 

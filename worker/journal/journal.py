@@ -17,7 +17,7 @@ from worker.journal.appender import Appender
 from worker.journal.base_index import index_name
 from worker.journal.compaction import Base, read_written
 from worker.journal.failures import JournalFailed
-from worker.journal.files import Files, SyncFailed, sync_folder
+from worker.journal.files import Files, SyncFailed
 from worker.journal.format import CONTROL_OPS, Entry, encode
 from worker.journal.lock import FolderLock
 from worker.journal.manifest import Manifest, is_base
@@ -384,9 +384,8 @@ def _recover_without_collections(
 
 
 def _make_folder(files: Files, folder: Path) -> None:
-    """Make `folder`, and the folders above it that are missing, durable by name."""
+    """Make `folder`, and the folders above it that are missing."""
     if files.is_dir(folder):
         return
     _make_folder(files, folder.parent)
     files.mkdir(folder)
-    sync_folder(files, folder.parent)

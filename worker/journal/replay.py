@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 from array import array
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,6 @@ from worker.journal.format import (
     line_decoder,
     make_line,
 )
-from worker.journal.lock import LOCK
 from worker.journal.manifest import (
     MANIFEST,
     Manifest,
@@ -42,14 +41,12 @@ from worker.journal.manifest import (
     segment_name,
 )
 from worker.journal.segment import Segment
+from worker.journal.tidying import free_name, tidy
 from worker.journal.torn import judge
 
-ASIDE = "aside"
 FIRST_EPOCH = 1
 STALE_MANIFEST = "MANIFEST does not name this file, so it is not the newest one; or the end of its last file is missing"
 
-_OWN_TEMPORARY = re.compile(r"(MANIFEST|seg-[0-9]{20}\.jsonl(\..+\.torn)?|base-[0-9]{10}\.(jsonl|idx))\.tmp")
-_TORN_COPY = re.compile(r"seg-[0-9]{20}\.jsonl\..+\.torn")
 _BLOCK_BYTES = 1024 * 1024
 _BLOCK_LINES = 1024
 
@@ -178,10 +175,19 @@ def _create(files: Files, folder: Path, clock: Callable[[], float]) -> None:
         first = segment_first(name)
         if is_base(name) or (first is not None and not _is_lone_line(files, folder / name)):
             raise JournalDamaged(MANIFEST, offset=0, sequence=first or 0, reason="the file is missing")
+    _sync_path(files, folder)
     manifest = Manifest(uuid4().hex, FIRST_EPOCH, 1, (), segment_name(1))
     line, _ = open_line(1, 0, time_ms=int(clock() * 1000), manifest=manifest, previous=None)
     publish(files, folder, manifest.active, line)
     manifest.publish(files, folder)
+
+
+def _sync_path(files: Files, folder: Path) -> None:
+    """Make the names of `folder` and of all folders above it durable: a process that died may have made them."""
+    for parent in reversed(folder.parents):
+        # One that may not be read is not one of ours.
+        with contextlib.suppress(PermissionError):
+            sync_folder(files, parent)
 
 
 def _is_lone_line(files: Files, path: Path) -> bool:
@@ -264,7 +270,13 @@ class _Boot:
         if newer:
             self._refuse(newer, 0, STALE_MANIFEST)
         # All is known to be well; from here on the folder is changed.
-        self._tidy()
+        tidy(
+            self._files,
+            self._folder,
+            self._manifest,
+            sequence=self._place.sequence,
+            stands_for=self._stands_for,
+        )
         self._settle(lines, cut)
         return Recovered(
             manifest=self._manifest,
@@ -393,37 +405,11 @@ class _Boot:
 
     # --- the folder ---
 
-    def _tidy(self) -> None:
-        """Remove what a crash left half published and what a base stands for; set aside, never delete, what is not
-        known."""
-        named = set(self._manifest.names)
-        known = {LOCK, MANIFEST, ASIDE, *named, segment_name(self._place.sequence + 1)}
-        known |= {index_name(name) for name in named if is_base(name)}
-        for name in self._names:
-            if _OWN_TEMPORARY.fullmatch(name) or (name not in known and self._superseded(name)):
-                self._files.unlink(self._folder / name)
-            elif name not in known and not _TORN_COPY.fullmatch(name) and not self._files.is_dir(self._folder / name):
-                self._set_aside(name)
-
-    def _superseded(self, name: str) -> bool:
-        """Whether a base stands for the file now; or it is of a base that was replaced, or never adopted."""
-        if is_base(name) or is_base(name.removesuffix(".idx") + ".jsonl"):
-            return True
-        first = segment_first(name)
-        return first is not None and first <= self._stands_for
-
-    def _set_aside(self, name: str) -> None:
-        aside = self._folder / ASIDE
-        if ASIDE not in self._files.list(self._folder):
-            self._files.mkdir(aside)
-        self._files.rename(self._folder / name, aside / _free_name(name, "", self._files.list(aside)))
-        sync_folder(self._files, aside)
-
     def _settle(self, lines: CheckedLines[Any], cut: bytes) -> None:
         """Cut an unfinished write, and make sure that the last batch kept is on the disk, not only in its cache."""
         path = self._folder / self._manifest.active
         if cut:
-            copy = _free_name(f"{path.name}.{lines.offset}", ".torn", self._names)
+            copy = free_name(f"{path.name}.{lines.offset}", ".torn", self._names)
             publish(self._files, self._folder, copy, cut)
         start, _ = self._segments[-1].span(lines.batch) or (0, 0)
         with self._files.reader(path) as stream:
@@ -440,12 +426,3 @@ class _Boot:
 
     def _refuse(self, name: str, offset: int, reason: str, sequence: int | None = None) -> NoReturn:
         raise JournalDamaged(name, offset=offset, sequence=sequence or self._place.sequence + 1, reason=reason)
-
-
-def _free_name(stem: str, suffix: str, taken: Container[str]) -> str:
-    """`stem` + `suffix`, with a number between them if that name is taken."""
-    name, number = f"{stem}{suffix}", 0
-    while name in taken:
-        number += 1
-        name = f"{stem}.{number}{suffix}"
-    return name
