@@ -28,7 +28,7 @@ class Depth:
     nested: int
 
 
-BOUNDED = Depth(samples=2, singles=False, nested=12)
+BOUNDED = Depth(samples=2, singles=False, nested=2)
 FULL = Depth(samples=40, singles=True, nested=1)
 
 

@@ -26,12 +26,22 @@ def tidy(files: Files, folder: Path, manifest: Manifest, *, sequence: int, stand
     names = files.list(folder)
     known = {LOCK, MANIFEST, ASIDE, *manifest.names, segment_name(sequence + 1)}
     known |= {index_name(name) for name in manifest.names if is_base(name)}
+    superseded: list[str] = []
     unknown: list[str] = []
     for name in names:
-        if _OWN_TEMPORARY.fullmatch(name) or (name not in known and _is_superseded(name, stands_for)):
+        if _OWN_TEMPORARY.fullmatch(name):
             files.unlink(folder / name)
-        elif name not in known and not _TORN_COPY.fullmatch(name) and not files.is_dir(folder / name):
+        elif name in known or _TORN_COPY.fullmatch(name) or files.is_dir(folder / name):
+            continue
+        elif _is_superseded(name, stands_for):
+            superseded.append(name)
+        else:
             unknown.append(name)
+    if superseded:
+        # Only now is it sure that MANIFEST, which does without them, is on the disk and not only in its cache.
+        sync_folder(files, folder)
+    for name in superseded:
+        files.unlink(folder / name)
     if unknown or ASIDE in names:
         _set_aside(files, folder, unknown)
 
