@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run serve test test-docker lint bench schemas clean
+.PHONY: help run serve test test-docker lint bench crash mutations schemas clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,12 @@ lint: .venv/.synced ## Check style, types and the direction of imports
 
 bench: .venv/.synced ## Measure against the numbers that are promised
 	@exec $(PYTHON) -m tests.benchmarks
+
+crash: .venv/.synced ## Cut the power at every operation of the journal, on a disk that forgets
+	@exec $(PYTHON) -m tests.crash
+
+mutations: .venv/.synced ## Take away each sync, rename and checksum of the journal: some test must notice
+	@exec $(PYTHON) -m tests.crash.mutations
 
 schemas: .venv/.synced ## Write the generated documents of schemas/ anew
 	@$(PYTHON) -m schemas.documents
