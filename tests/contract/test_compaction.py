@@ -428,3 +428,14 @@ def test_each_damaged_byte_of_a_base_refuses_the_boot(tmp_path: Path) -> None:
         assert verify(tmp_path).damage is not None
     base.write_bytes(whole)
     asyncio.run(opened(tmp_path).close())
+
+
+def test_an_index_with_any_damage_is_not_used(tmp_path: Path) -> None:
+    seen = filled(tmp_path)
+    asyncio.run(compacted(tmp_path).close())
+    (index,) = tmp_path.glob("*.idx")
+    whole = index.read_bytes()
+    header = whole.index(b"\n") + 1
+    for place in [*range(0, header, 5), *range(header, len(whole), 499)]:
+        index.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+        assert seen_after_boot(tmp_path) == seen

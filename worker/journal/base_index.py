@@ -58,8 +58,7 @@ def write_index(
             for start in range(0, len(view), sync_every):
                 piece = view[start : start + sync_every]
                 write_all(files, fd, piece, offset)
-                # Bit by bit, so that the writer of the journal never waits for a mountain of this.
-                sync(files, fd)
+                sync(files, fd)  # for its pace: the writer of the journal never waits for a mountain of this
                 offset += len(piece)
     finally:
         files.close(fd)

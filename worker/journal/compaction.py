@@ -129,7 +129,7 @@ class _ChainWriter:
     def flush(self) -> None:
         data = b"".join(self._waiting)
         write_all(self._files, self._fd, data, self.digest.size)
-        sync(self._files, self._fd)
+        sync(self._files, self._fd)  # for its pace: the owner's own syncs never wait for a mountain of this
         self.digest.update(data)
         self._waiting.clear()
         self._waiting_bytes = 0
