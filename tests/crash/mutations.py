@@ -27,7 +27,8 @@ TESTS = (
 )
 _COPIED = ("worker", "schemas", "tests", "deploy", "config", "pyproject.toml", "README.md", "Makefile")
 
-# A statement that is taken away (one with a comment behind it is not there for safety), or a comparison that always finds what it should.
+# A statement that is taken away, or a comparison that always finds what it should. A statement with a comment behind it
+# is there for another reason than safety.
 _STATEMENT = re.compile(r"^(\s+)(sync\(|sync_folder\(|files\.rename\(|self\._files\.rename\().*\)$")
 _COMPARISON = re.compile(
     r"^(\s+)(el)?if (.*not checks\(.*|not data\.endswith\(.*|not check_size_and_crc\(.*|not sound\.result\(\)"
