@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import shutil
 from collections.abc import AsyncIterator, Callable
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from worker.journal import Base, Entry, Journal, JournalDamaged, SealedFile, verify
+from worker.journal import Base, Entry, Files, Journal, JournalDamaged, SealedFile, verify
+from worker.journal.manifest import read_manifest
 from worker.registry import Change, Registry
 from worker.upkeep.compaction import Compaction
 from worker.upkeep.compaction_child import compact
@@ -439,3 +441,13 @@ def test_an_index_with_any_damage_is_not_used(tmp_path: Path) -> None:
     for place in [*range(0, header, 5), *range(header, len(whole), 499)]:
         index.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
         assert seen_after_boot(tmp_path) == seen
+
+
+def test_verify_holds_each_sealed_file_against_what_manifest_says_of_it(tmp_path: Path) -> None:
+    filled(tmp_path)
+    manifest = read_manifest(Files(), tmp_path)
+    sealed = dataclasses.replace(manifest.sealed[0], sha256="f" * 64)
+    dataclasses.replace(manifest, sealed=(sealed, *manifest.sealed[1:])).publish(Files(), tmp_path)
+    damage = verify(tmp_path).damage
+    assert damage is not None
+    assert damage.path == sealed.name

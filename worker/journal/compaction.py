@@ -66,7 +66,6 @@ def write_base(
         end = sealed.place.sequence
         writer.add(*make_line(end, end, time_ms, b'"op":"seal","rec":%b' % orjson.dumps(seal), writer.crc))
         writer.flush()
-        sync(files, fd)
     finally:
         files.close(fd)
     return Base(writer.digest.sealed(name), end, changes_from)
@@ -127,9 +126,10 @@ class _ChainWriter:
             self.flush()
 
     def flush(self) -> None:
+        """Make all of it durable so far."""
         data = b"".join(self._waiting)
         write_all(self._files, self._fd, data, self.digest.size)
-        sync(self._files, self._fd)  # for its pace: the owner's own syncs never wait for a mountain of this
+        sync(self._files, self._fd)
         self.digest.update(data)
         self._waiting.clear()
         self._waiting_bytes = 0
