@@ -451,3 +451,13 @@ def test_verify_holds_each_sealed_file_against_what_manifest_says_of_it(tmp_path
     damage = verify(tmp_path).damage
     assert damage is not None
     assert damage.path == sealed.name
+
+
+async def test_a_record_that_rotted_since_the_boot_is_reported_and_never_given_out(registry: Registry) -> None:
+    entry = await append(registry, "store", store("m", "1", 1))
+    journal = registry.journal
+    assert journal.record(entry.sequence)[0] == entry.record
+    (segment,) = journal.folder.glob("seg-*.jsonl")
+    segment.write_bytes(segment.read_bytes().replace(b'"size":11', b'"size":19'))
+    with pytest.raises(JournalDamaged):
+        journal.record(entry.sequence)
