@@ -131,7 +131,7 @@ async def test_a_point_before_the_first_line_is_told(tmp_path: Path) -> None:
 
 async def test_damage_before_the_point_is_refused_and_behind_it_does_not_matter(tmp_path: Path) -> None:
     entries = await filled(tmp_path / "old", 12)
-    last = read_manifest(Files(), tmp_path / "old").active
+    last = read_manifest(Files(), tmp_path / "old").names[-2]
     file = tmp_path / "old" / last
     data = bytearray(file.read_bytes())
     data[data.rindex(b'"n":') + 4] ^= 1
