@@ -139,6 +139,16 @@ async def test_the_list_has_the_blobs_with_the_prefix_and_no_documents(store: Bl
     assert {blob.key: blob.size async for blob in store.list("blobs/")} == {first: 3, second: 4}
 
 
+async def test_a_document_can_be_listed_and_removed_wherever_it_lies(store: BlobStore) -> None:
+    for name in ("journal/1/MANIFEST", "journal/1/tail/seg/0-5", "journal/10/MANIFEST"):
+        await store.put_document(name, b"12345", etag=None)
+    listed = {stat.key: stat.size async for stat in store.list("journal/1/")}
+    assert listed == {"journal/1/MANIFEST": 5, "journal/1/tail/seg/0-5": 5}
+    await store.delete("journal/1/MANIFEST")
+    assert await store.get_document("journal/1/MANIFEST") is None
+    assert await keys(store, "journal/") == {"journal/1/tail/seg/0-5", "journal/10/MANIFEST"}
+
+
 async def test_an_early_end_of_a_read_frees_what_it_holds(store: BlobStore) -> None:
     data = content(8 * MIB)
     key = (await put(store, data)).key

@@ -136,19 +136,23 @@ from worker.journal.failures import JournalDamaged, JournalFailed, JournalLocked
 from worker.journal.files import Files
 from worker.journal.format import CONTROL_OPS, Entry, Line
 from worker.journal.inspection import VerifyReport, dump, verify
-from worker.journal.journal import SEGMENT_BYTES, Journal, JournalStats
+from worker.journal.journal import SEGMENT_BYTES, Durable, Journal, JournalStats
 from worker.journal.manifest import SealedFile, base_name
 from worker.journal.observer import JournalObserver
+from worker.journal.reconstruction import PointUnreachable, Reconstructed, Reconstruction, Until
 from worker.journal.replay import EachEntry, Replay, Taken
 from worker.journal.segment import RecordCold
+from worker.journal.staging import FolderTaken, Staging
 
 __all__ = [
     "CONTROL_OPS",
     "SEGMENT_BYTES",
     "Base",
+    "Durable",
     "EachEntry",
     "Entry",
     "Files",
+    "FolderTaken",
     "Journal",
     "JournalDamaged",
     "JournalFailed",
@@ -156,10 +160,15 @@ __all__ = [
     "JournalObserver",
     "JournalStats",
     "Line",
+    "PointUnreachable",
+    "Reconstructed",
+    "Reconstruction",
     "RecordCold",
     "Replay",
     "SealedFile",
+    "Staging",
     "Taken",
+    "Until",
     "VerifyReport",
     "base_name",
     "dump",

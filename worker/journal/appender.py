@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -139,6 +140,18 @@ class Appender:
             self._seal()
             self._open_next()
         return True
+
+    def raise_epoch(self, epoch: int) -> None:
+        """Go on in `epoch`, in a segment of its own. Raises ModelManagerError without room, JournalFailed."""
+        with self._failing():
+            manifest = self.manifest
+            self._seal()
+            self.manifest = replace(manifest, epoch=epoch)
+            try:
+                self._open_next()
+            except BaseException:
+                self.manifest = manifest
+                raise
 
     def adopt(self, base: Base, segment: Segment) -> list[str]:
         """Let `base`, whose lines are in `segment`, stand for the files it was made of: the names of those.

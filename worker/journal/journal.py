@@ -49,6 +49,16 @@ class JournalStats:
     torn_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Durable:
+    """The sealed files of `manifest`, and `active_bytes` of its active one. `head` is the last line that is in these:
+    there may be later ones, when the writer was faster than this look."""
+
+    manifest: Manifest
+    active_bytes: int
+    head: int
+
+
 class Journal:
     """One owner of one folder, from `open` to `close`. The order of records is the same in the file, in `on_durable`,
     in `read` and in the next replay.
@@ -112,6 +122,15 @@ class Journal:
         if recovered.torn_bytes:
             observe.torn_tail(recovered.torn_bytes)
         return cls(folder, files, lock, appender, recovered)
+
+    def raise_epoch(self, epoch: int) -> None:
+        """Go on in a later epoch. Only before `start`; blocks. Raises ModelManagerError without room, JournalFailed."""
+        if self._writer is not None or epoch < self.epoch:
+            raise RuntimeError("the epoch is raised before the journal starts, and never lowered")
+        if epoch > self.epoch:
+            self._appender.prepare()
+            self._appender.raise_epoch(epoch)
+            self.epoch, self._head = epoch, self._appender.sequence
 
     def start(self, on_durable: Callable[[Sequence[Entry]], None]) -> None:
         """Begin to write. Called once, on the event loop.
@@ -271,6 +290,20 @@ class Journal:
     def failure(self) -> str | None:
         """Why the journal stopped."""
         return self._failure or self._appender.failure
+
+    def stop(self, reason: str) -> None:
+        """Write and acknowledge nothing more, because of `reason`; what is under way has an unknown outcome."""
+        if self._failure is None:
+            self._stop(reason)
+
+    @property
+    def durable(self) -> Durable:
+        """What a reader of the files may take now. From any thread."""
+        head = self._appender.sequence
+        manifest = self._appender.manifest
+        # The segments were there before the MANIFEST that names them, and a segment's size follows its lines.
+        size = next(segment.size for segment in self._appender.segments if segment.name == manifest.active)
+        return Durable(manifest, size, head)
 
     def stats(self) -> JournalStats:
         segments = self._appender.segments

@@ -82,6 +82,11 @@ class Reconstruction:
         self._records = 0
         self._time_ms = 0
 
+    @property
+    def head(self) -> int:
+        """The sequence of the last line that was taken."""
+        return self._place.sequence
+
     def take(self, name: str) -> bool:
         """Check every line of the next file, and cut it at the point to stop at: whether another file is wanted.
 

@@ -189,10 +189,11 @@ class BlobStore(Protocol):
     # Read every byte back from the store and hash it; `progress` is told the bytes so far.
     async def hash(self, key: str, progress: Callable[[int], None] | None = None) -> StoredBlob: ...
 
-    # Remove the blob; nothing happens if there is none.
+    # Remove the blob or document; nothing happens if there is none.
     async def delete(self, key: str) -> None: ...
 
-    # The blobs whose key begins with `prefix`, in no order. Blobs put or deleted meanwhile may be seen or not.
+    # The blobs and documents whose key begins with `prefix`, in no order. Those put or deleted meanwhile may be seen or
+    # not.
     def list(self, prefix: str) -> AsyncIterator[BlobStat]: ...
 
     async def usage(self) -> Usage: ...

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -186,16 +187,18 @@ class DiskStore:
             await self._run(work)
 
     async def list(self, prefix: str) -> AsyncIterator[BlobStat]:
-        folder = self._root / "blobs"
+        folder = self._root / prefix.rpartition("/")[0]
 
         def work() -> list[BlobStat]:
             found = []
-            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-                for entry in entries:
-                    key = f"blobs/{entry.name}"
-                    if key.startswith(prefix) and entry.is_file(follow_symlinks=False):
-                        with contextlib.suppress(FileNotFoundError):  # deleted since
-                            status = entry.stat(follow_symlinks=False)
+            for parent, _, names in os.walk(folder):
+                for path in (Path(parent, name) for name in names):
+                    key = path.relative_to(self._root).as_posix()
+                    if not key.startswith(prefix):
+                        continue
+                    with contextlib.suppress(FileNotFoundError):  # deleted since
+                        status = path.lstat()
+                        if stat.S_ISREG(status.st_mode):
                             found.append(BlobStat(key, status.st_size, status.st_mtime))
             return found
 

@@ -82,10 +82,12 @@ class MemoryStore:
 
     async def delete(self, key: str) -> None:
         self.blobs.pop(key, None)
+        self.documents.pop(key, None)
 
     async def list(self, prefix: str) -> AsyncIterator[BlobStat]:
-        for key in [key for key in self.blobs if key.startswith(prefix)]:
-            yield BlobStat(key, len(self.blobs[key]), self._modified[key])
+        stored = self.blobs | self.documents
+        for key in [key for key in stored if key.startswith(prefix)]:
+            yield BlobStat(key, len(stored[key]), self._modified[key])
 
     async def usage(self) -> Usage:
         return Usage()
@@ -102,6 +104,7 @@ class MemoryStore:
         if (current and current.etag) != etag:
             raise ModelManagerError("ERR_CONFLICT", f"{name} is not as expected.")
         self.documents[name] = data
+        self._modified[name] = time.time()
         return _document(data)
 
     async def close(self) -> None:
