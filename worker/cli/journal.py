@@ -1,0 +1,108 @@
+"""The journal's commands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from schemas.errors import ModelManagerError
+from worker.cli.loading import Form, Rack, RegistryPath, loaded_settings, started
+from worker.cli.output import Format, pairs
+
+if TYPE_CHECKING:
+    from worker.settings import Settings
+
+journal = typer.Typer(help="The journal; a worker may be running.", no_args_is_help=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(journal, name="journal")
+
+
+@journal.command("verify")
+def verify_journal(
+    ctx: typer.Context, registry_path: RegistryPath = None, rack: Rack = None, output: Form = Format.TABLE
+) -> None:
+    """Check every byte of the journal. The exit status is 5 if it is damaged."""
+    out = started(ctx, output)
+    report = journal_report(loaded_settings(out, rack=rack, registry_path=registry_path).settings)
+    facts = {name: value for name, value in report.items() if name != "damage"}
+    out.result(report, lambda: pairs(facts))
+    if report["damage"] is not None:
+        raise damaged(report["damage"])
+
+
+@journal.command("dump")
+def dump_journal(
+    ctx: typer.Context,
+    registry_path: RegistryPath = None,
+    rack: Rack = None,
+    after: Annotated[int, typer.Option("--after", min=0, help="Only records beyond this sequence.")] = 0,
+) -> None:
+    """Print the journal's records, one JSON object a line."""
+    from worker.cli.output import json_line
+    from worker.journal import dump
+
+    folder = loaded_settings(started(ctx), rack=rack, registry_path=registry_path).settings.registry.path
+    with _refusals():
+        for entry in dump(folder):
+            if entry.sequence > after:
+                print(json_line(asdict(entry)))
+
+
+@journal.command("compact")
+def compact_journal(
+    ctx: typer.Context, registry_path: RegistryPath = None, rack: Rack = None, output: Form = Format.TABLE
+) -> None:
+    """Rewrite the journal without the records that nothing needs any more. A worker that runs does it by itself."""
+    from worker.upkeep.compaction import CompactionFailed, compact_folder
+
+    out = started(ctx, output)
+    folder = loaded_settings(out, rack=rack, registry_path=registry_path).settings.registry.path
+    if not (folder / "MANIFEST").exists():
+        raise _no_journal()
+    try:
+        with _refusals(in_use="The worker that runs compacts it by itself."):
+            done = asyncio.run(compact_folder(folder))
+    except CompactionFailed as error:
+        raise ModelManagerError("ERR_INTERNAL", f"Not compacted, and nothing has changed: {error}.") from None
+    facts = {"bytesBefore": done.bytes_before, "bytes": done.bytes, "records": done.records, "seconds": done.seconds}
+    out.result({"success": True, **facts}, lambda: pairs(facts))
+
+
+def journal_report(settings: Settings) -> dict[str, Any]:
+    """What `verify` finds. Raises ModelManagerError if that cannot even begin."""
+    from worker.journal import verify
+
+    with _refusals():
+        return asdict(verify(settings.registry.path))
+
+
+def damaged(damage: dict[str, Any]) -> ModelManagerError:
+    text = f"The journal is damaged: {damage['path']} at byte {damage['offset']}: {damage['reason']}."
+    return ModelManagerError("ERR_CHECKSUM_MISMATCH", text, **damage)
+
+
+@contextmanager
+def _refusals(*, in_use: str = "") -> Iterator[None]:
+    """What a journal refuses with, as errors of the command line; `in_use` says what to do about a worker that runs."""
+    from worker.journal import JournalDamaged, JournalLocked
+
+    try:
+        yield
+    except JournalLocked as locked:
+        raise ModelManagerError("ERR_CONFLICT", f"The journal is in use: {locked}. {in_use}".strip()) from None
+    except JournalDamaged as error:
+        raise ModelManagerError("ERR_CHECKSUM_MISMATCH", str(error), hint="") from None
+    except FileNotFoundError:
+        raise _no_journal() from None
+
+
+def _no_journal() -> ModelManagerError:
+    text = "There is no journal in that folder."
+    return ModelManagerError("ERR_NOT_FOUND", text, hint="registry.path or --registry-path names the folder")
