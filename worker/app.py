@@ -36,14 +36,16 @@ from worker.settings import Loaded
 from worker.signing import UrlSigner
 from worker.transport.amqp import AmqpTransport
 from worker.transport.http_server import HttpServer
+from worker.upkeep.archive import Archive, ArchiveAhead
 from worker.upkeep.clean_up import CleanUp
 from worker.upkeep.compaction import Compaction
-from worker.upkeep.ownership import NotOwner, take_ownership
+from worker.upkeep.ownership import NotOwner, Owner, take_ownership, watch_ownership
 
 _log = structlog.get_logger()
 
 _LOCK_POLL_S = 0.5
 _PROBE_PERIOD_S = 10.0
+_OWNER_PERIOD_S = 5.0
 _EXIT_UNAVAILABLE = ERRORS["ERR_STORAGE_UNAVAILABLE"].exit_code
 _EXIT_FAILED = ERRORS["ERR_INTERNAL"].exit_code
 
@@ -78,6 +80,8 @@ class App:
         self._take_over = take_over
         self._tasks: list[asyncio.Task[None]] = []
         self._failed = asyncio.Event()
+        self._exit_code = 0
+        self.archive: Archive | None = None
         self.metrics = Metrics(settings.rack, revision=_revision())
         self.readiness = Readiness()
         self.signer = UrlSigner(secrets.token_bytes(32))
@@ -107,6 +111,7 @@ class App:
             self.store,
             self.service.uploads,
             period_s=settings.limits.clean_up_seconds,
+            undo_s=settings.limits.undo_seconds,
             removed=self.metrics.blob_removed,
         )
         self.compaction = Compaction(self.registry)
@@ -158,7 +163,7 @@ class App:
         finally:
             stopping.cancel()
             await self._drain()
-        return _EXIT_FAILED if self._failed.is_set() else 0
+        return self._exit_code
 
     # --- boot ---
 
@@ -172,12 +177,15 @@ class App:
         if not listening:
             await self._listen(again=True)
         await self._reach_storage()
-        await self._own_storage()
+        owner = await self._own_storage()
         self.registry.start()
         self.readiness.set("registry", True)
         resumed = self.service.jobs.resume()
         self._background(self.clean_up.run(), "clean-up")
         self._background(self.compaction.run(), "compaction")
+        self._background(self._watch_ownership(owner), "ownership")
+        if self.archive is not None:
+            self._background(self.archive.run(), "archive")
         self._background(self._watch(), "watch")
         if self.amqp is not None:
             await self.amqp.start()
@@ -242,20 +250,47 @@ class App:
                 self.readiness.set("storage", True)
                 return
 
-    async def _own_storage(self) -> None:
+    async def _own_storage(self) -> Owner:
+        """Take the prefix, and see that its archive holds no more than our folder does."""
         journal = self.registry.journal
         try:
-            await take_ownership(
+            owner = await take_ownership(
                 self.store,
                 rack=self._settings.rack,
                 registry_id=journal.registry_id,
                 epoch=journal.epoch,
                 take_over=self._take_over,
+                raise_epoch=journal.raise_epoch,
             )
+            if self._settings.archive.enabled:
+                self.archive = self._archive()
+                await self.archive.begin()
         except NotOwner as error:
             raise BootRefused(str(error)) from None
+        except ArchiveAhead as error:
+            reason = f"the registry's folder is an older copy: {error}; move it away, and `model-manager rebuild`"
+            raise BootRefused(reason) from None
         except ModelManagerError as error:
             raise BootRefused(error.message, _EXIT_UNAVAILABLE) from None
+        self.clean_up.spare_older_than(owner)
+        return owner
+
+    def _archive(self) -> Archive:
+        settings = self._settings.archive
+        archive = Archive(
+            self.registry.journal,
+            self.store,
+            rack=self._settings.rack,
+            period_s=settings.period_seconds,
+            keep_s=settings.keep_seconds,
+            observe=self.metrics.archive,
+        )
+        self.service.reading.archive_state = lambda: {
+            "archivedSequence": archive.head,
+            "archiveLagSeconds": round(archive.lag_s, 3),
+        }
+        self.metrics.collect(lambda: self.metrics.archive.state(archive.head, archive.lag_s))
+        return archive
 
     # --- while it runs ---
 
@@ -267,9 +302,24 @@ class App:
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled():
                 _log.error("side_task_died", task=name, exc_info=task.exception())
-                self._failed.set()
+                self._fail(_EXIT_FAILED)
 
         task.add_done_callback(ended)
+
+    def _fail(self, exit_code: int) -> None:
+        """End the worker; the first reason decides its exit status."""
+        self._exit_code = self._exit_code or exit_code
+        self._failed.set()
+
+    async def _watch_ownership(self, owner: Owner) -> None:
+        """Stop at once when the prefix is another's: nothing more is acknowledged here."""
+        try:
+            await watch_ownership(self.store, owner, period_s=_OWNER_PERIOD_S)
+        except NotOwner as error:
+            _log.error("ownership_lost", reason=str(error), exit_code=EXIT_CONFIG_INVALID)
+            self.registry.journal.stop(str(error))
+            self._fail(EXIT_CONFIG_INVALID)
+            await asyncio.Event().wait()
 
     async def _watch(self) -> None:
         """Keep readiness true to the journal, the broker and the store; measure the loop's lag."""
@@ -281,7 +331,7 @@ class App:
             journal = self.registry.journal
             if not journal.healthy:
                 self.readiness.set("registry", False, journal.failure or "the journal failed")
-                self._failed.set()
+                self._fail(_EXIT_FAILED)
             if self.amqp is not None:
                 status = self.amqp.status
                 self.readiness.set("broker", status.connected and status.consuming, status.reason)
@@ -348,6 +398,8 @@ class App:
         if self.amqp is not None:
             await self._step(self.amqp.close())
         await self._step(self.registry.close())
+        if self.archive is not None:
+            await self._step(self.archive.finish(max(1.0, deadline - time.monotonic())))
         await self._step(self.store.close())
         _log.info("worker_stopped")
 

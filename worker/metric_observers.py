@@ -18,6 +18,7 @@ from schemas.journal import RECORDS
 from schemas.routes import CONTENT, FILE, ROUTES, UPLOAD_FILE
 from worker.journal.observer import JournalObserver
 from worker.storage.blobstore import StoreObserver
+from worker.upkeep.archive import ArchiveObserver
 
 PREFIX = "model_manager_"
 OTHER = "other"
@@ -210,6 +211,34 @@ class JournalMetrics(JournalObserver):
     def recorded(self, op: str) -> None:
         """A record of this kind is durable."""
         self._records.labels(self._types(op)).inc()
+
+
+class ArchiveMetrics(ArchiveObserver):
+    """What the archive of the journal does."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._lag = objects.gauge("archive_lag_seconds", "For how long something durable has not been archived.")
+        self._sequence = objects.gauge("archive_last_sequence", "The last record the archive leads to.")
+        self._bytes = objects.counter("archive_bytes_total", "Bytes archived.", ["kind"])
+        self._rounds = objects.counter("archive_rounds_total", "Times the archive was brought up to date.", ["result"])
+        self._seconds = objects.histogram("archive_round_seconds", "How long such a round took.", _TRANSFER_S)
+        self._codes = Values((*ERRORS, "ok"))
+        for kind in ("tail", "segment", "base"):
+            self._bytes.labels(kind)
+        for result in ("ok", "ERR_STORAGE_UNAVAILABLE", "ERR_STORAGE_FULL"):
+            self._rounds.labels(result)
+
+    def shipped(self, kind: str, size: int) -> None:
+        self._bytes.labels(kind).inc(size)
+
+    def round_ended(self, seconds: float, error: str | None) -> None:
+        self._rounds.labels(self._codes(error or "ok")).inc()
+        self._seconds.observe(seconds)
+
+    def state(self, sequence: int, lag_s: float) -> None:
+        """Set what is read for a scrape."""
+        self._sequence.set(sequence)
+        self._lag.set(lag_s)
 
 
 class StorageMetrics(StoreObserver):

@@ -21,6 +21,7 @@ from worker.metric_observers import (
     OTHER,
     REQUEST_S,
     AmqpMetrics,
+    ArchiveMetrics,
     HttpMetrics,
     JournalMetrics,
     Objects,
@@ -74,7 +75,7 @@ class _State:
 
 
 class Metrics:
-    """All there is to scrape of one worker. `amqp`, `http`, `journal` and `storage(...)` go to the parts they name."""
+    """All there is to scrape of one worker. Its parts have the names of what they measure."""
 
     def __init__(self, rack: str, registry: CollectorRegistry | None = None, *, revision: str = "unknown") -> None:
         # Else every counter and histogram has a second series, read by nobody.
@@ -100,6 +101,7 @@ class Metrics:
         self._kinds = Values(("orphan", "unneeded"), room=4)
         self._state, self._store = _State(objects), Store(objects)
         self.amqp, self.http, self.journal = AmqpMetrics(objects), HttpMetrics(objects), JournalMetrics(objects)
+        self.archive = ArchiveMetrics(objects)
         self._callbacks: list[Callable[[], None]] = []
         for method in METHODS:
             self._durations.labels(method)

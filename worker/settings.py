@@ -90,6 +90,12 @@ class RegistrySettings(_Section):
     path: Path = Path("data/registry")
 
 
+class ArchiveSettings(_Section):
+    enabled: bool = True
+    period_seconds: Seconds = 5.0
+    keep_seconds: Annotated[float, Field(gt=0)] = 30 * 86_400
+
+
 class ReplicationSettings(_Section):
     peers: tuple[Rack, ...] = ()
 
@@ -133,6 +139,7 @@ class Settings(_Section):
     amqp: AmqpSettings = AmqpSettings()
     storage: StorageSettings = StorageSettings()
     registry: RegistrySettings = RegistrySettings()
+    archive: ArchiveSettings = ArchiveSettings()
     max_model_size: Bytes = 100 * 1000**3
     max_inline_size: Bytes = 1000**2
     supported_formats: tuple[ModelType, ...] | None = None

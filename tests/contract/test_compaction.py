@@ -132,7 +132,7 @@ def view(registry: Registry) -> dict[str, Any]:
     for name in sorted({model for row, model in enumerate(catalog.table.model) if catalog.has_row(row)}):
         model = catalog.model(name)
         assert model is not None
-        entries = [model.versions[version] for version in model.versions]
+        entries = [catalog.entry(catalog.table.find(name, version), wait=True) for version in model.versions]
         versions[name] = ([(entry, catalog.aliases_of(entry)) for entry in entries], dict(model.aliases))
     blobs = {key: catalog.blobs.needs(key) for key in (f"blobs/{n:026d}" for n in range(50))}
     return {

@@ -49,7 +49,7 @@ def dump_journal(
     from worker.journal import dump
 
     folder = loaded_settings(started(ctx), rack=rack, registry_path=registry_path).settings.registry.path
-    with _refusals():
+    with refusals():
         for entry in dump(folder):
             if entry.sequence > after:
                 print(json_line(asdict(entry)))
@@ -67,7 +67,7 @@ def compact_journal(
     if not (folder / "MANIFEST").exists():
         raise _no_journal()
     try:
-        with _refusals(in_use="The worker that runs compacts it by itself."):
+        with refusals(in_use="The worker that runs compacts it by itself."):
             done = asyncio.run(compact_folder(folder))
     except CompactionFailed as error:
         raise ModelManagerError("ERR_INTERNAL", f"Not compacted, and nothing has changed: {error}.") from None
@@ -79,7 +79,7 @@ def journal_report(settings: Settings) -> dict[str, Any]:
     """What `verify` finds. Raises ModelManagerError if that cannot even begin."""
     from worker.journal import verify
 
-    with _refusals():
+    with refusals():
         return asdict(verify(settings.registry.path))
 
 
@@ -89,7 +89,7 @@ def damaged(damage: dict[str, Any]) -> ModelManagerError:
 
 
 @contextmanager
-def _refusals(*, in_use: str = "") -> Iterator[None]:
+def refusals(*, in_use: str = "") -> Iterator[None]:
     """What a journal refuses with, as errors of the command line; `in_use` says what to do about a worker that runs."""
     from worker.journal import JournalDamaged, JournalLocked
 

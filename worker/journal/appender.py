@@ -22,6 +22,7 @@ from worker.journal.compaction import Base
 from worker.journal.failures import JournalFailed
 from worker.journal.files import Files, SyncFailed, publish, sync, sync_folder, write_all
 from worker.journal.format import CONTROL_OPS, MARK, OPEN, SEAL, make_line
+from worker.journal.manifest import SealedFile
 from worker.journal.observer import JournalObserver
 from worker.journal.replay import Recovered, open_line
 from worker.journal.segment import Digest, Segment
@@ -153,8 +154,8 @@ class Appender:
                 self.manifest = manifest
                 raise
 
-    def adopt(self, base: Base, segment: Segment) -> list[str]:
-        """Let `base`, whose lines are in `segment`, stand for the files it was made of: the names of those.
+    def adopt(self, base: Base, segment: Segment) -> list[SealedFile]:
+        """Let `base`, whose lines are in `segment`, stand for the files it was made of: those.
 
         The base lies here under its name and `.tmp`, checked. Raises ModelManagerError ERR_STORAGE_FULL if there is no
         room: nothing has changed then. Raises JournalFailed.
@@ -165,7 +166,7 @@ class Appender:
             sync_folder(self._files, self._folder)
             manifest = self.manifest.compacted(base.file, base.stands_for)
             manifest.publish(self._files, self._folder)
-        left = [name for name in self.manifest.names if name not in manifest.names]
+        left = [file for file in self.manifest.sealed if file.name not in manifest.names]
         self.manifest = manifest
         self.segments = (segment, *(kept for kept in self.segments if kept.first > base.stands_for))
         return left

@@ -20,7 +20,7 @@ from worker.journal.failures import JournalFailed
 from worker.journal.files import Files, SyncFailed
 from worker.journal.format import CONTROL_OPS, Entry, encode
 from worker.journal.lock import FolderLock
-from worker.journal.manifest import Manifest, is_base
+from worker.journal.manifest import Manifest, SealedFile, is_base
 from worker.journal.observer import JournalObserver
 from worker.journal.replay import Recovered, Replay, recover
 from worker.journal.room import Room
@@ -86,6 +86,9 @@ class Journal:
         self.registry_id = appender.manifest.registry_id
         self.changes_from = recovered.changes_from
         """Of the changes up to this sequence, compaction has dropped some that a reader behind it would need."""
+        self.holds_superseded = False
+        """Whether the segments that a base stands for stay until `let_go`, or until the next base."""
+        self.held: tuple[SealedFile, ...] = ()
 
     @classmethod
     def open(
@@ -249,14 +252,23 @@ class Journal:
         return self._appender.manifest
 
     async def adopt(self, base: Base) -> None:
-        """Let a base that lies here under its name and `.tmp` stand for the files it was made of, and remove those.
+        """Let a base that lies here under its name and `.tmp` stand for the files it was made of, and remove or hold
+        those.
 
         Raises ValueError if it is not what `base` says, or has no index; else as `rotate`. Nothing has changed then.
         """
         segment = await asyncio.to_thread(read_written, self._files, self._folder, base)
         left = await asyncio.wrap_future(self._accepting().run(lambda appender: appender.adopt(base, segment)))
         self.changes_from = base.changes_from
-        await asyncio.to_thread(self._remove, left)
+        over = [*self.held, *left]
+        self.held = tuple(file for file in left if self.holds_superseded and not is_base(file.name))
+        await asyncio.to_thread(self._remove, [file.name for file in over if file not in self.held])
+
+    async def let_go(self, file: SealedFile) -> None:
+        """Remove a file that was held."""
+        if file in self.held:
+            self.held = tuple(each for each in self.held if each != file)
+            await asyncio.to_thread(self._remove, [file.name])
 
     def _remove(self, names: list[str]) -> None:
         for name in names:

@@ -63,6 +63,8 @@ class Reading:
         self._cache = cache
         self._readiness = readiness
         self._file_url = file_url
+        self.archive_state: Callable[[], dict[str, Any]] = dict
+        """How far the archive of the journal leads, if there is one: `archivedSequence` and `archiveLagSeconds`."""
 
     async def get_model_metadata(self, params: GetModelMetadata, context: Context) -> MetadataReply:
         catalog = self._registry.catalog
@@ -237,6 +239,7 @@ class Reading:
                 "deleted": len(catalog.deleted),
                 "epoch": journal.epoch,
                 "sequence": journal.head,
+                **self.archive_state(),
             },
             "cache": {
                 "entries": cache.entries,

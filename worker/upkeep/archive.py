@@ -71,6 +71,7 @@ class Archive:
         observe: ArchiveObserver | None = None,
     ) -> None:
         """`keep_s`: how far back a point in time can be reached, in seconds."""
+        journal.holds_superseded = True
         self._journal = journal
         self._store = store
         self._info = BlobInfo(format="journal", model="journal", version=str(journal.epoch), rack=rack)
@@ -145,10 +146,12 @@ class Archive:
 
     async def _ship_new(self) -> Durable:
         """Ship the segments that are sealed by now, and the tail: what was durable when this began."""
-        began, durable = self._clock(), self._journal.durable
-        for file in durable.manifest.sealed:
+        began, durable, held = self._clock(), self._journal.durable, self._journal.held
+        for file in (*held, *durable.manifest.sealed):
             if not is_base(file.name) and file.name not in self._manifest.names:
                 await self._ship_segment(file)
+        for file in held:
+            await self._journal.let_go(file)
         await self._ship_tail(durable)
         self._count(durable, began)
         return durable
@@ -223,8 +226,6 @@ class Archive:
         last = place_of_base(head["rec"]).sequence
         chunks = self._with_new_between(_chunks(path))
         await self._ship_file(ArchivedFile(file, last, self._now_ms(), head["t"]), "base", chunks)
-        for segment in [name for name in self._pieces if (segment_first(name) or 0) <= last]:
-            await self._drop_pieces(segment)
 
     async def _with_new_between(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """A base may take long: every period, what is new is shipped between two chunks of it."""
@@ -287,6 +288,9 @@ class Archive:
 
     async def _forget_old(self) -> None:
         before = self._now_ms() - int(self._keep_s * 1000)
+        stands_for = self._manifest.stands_for(before)
+        for segment in [name for name in self._pieces if (segment_first(name) or 0) <= stands_for]:
+            await self._drop_pieces(segment)  # compaction was faster than we, so it was never archived whole
         names = self._manifest.outlived(before)
         if names:
             await self._publish(self._manifest.without(names))

@@ -97,12 +97,20 @@ class ArchiveManifest:
             chains.append(chain)
         return chains
 
+    def stands_for(self, before_ms: int) -> int:
+        """The last sequence that a base stands for which was there at that time."""
+        bases = (each.last for each in self.files if not each.first and each.archived_ms <= before_ms)
+        return max(bases, default=0)
+
     def outlived(self, before_ms: int) -> list[str]:
         """The files that no point later than `before_ms` needs: a base stands for them that was there already."""
-        stands_for = max(
-            (each.last for each in self.files if not each.first and each.archived_ms <= before_ms), default=0
-        )
+        stands_for = self.stands_for(before_ms)
         return [each.file.name for each in self.files if each.last < stands_for or 0 < each.first <= stands_for]
+
+    @property
+    def last(self) -> int:
+        """The last sequence of all its files, whether there is a way to it or not."""
+        return max((each.last for each in self.files), default=0)
 
     def encoded(self) -> bytes:
         files = [

@@ -17,6 +17,7 @@ from schemas.errors import ModelManagerError
 from worker.journal import Entry
 from worker.registry import Change, Registry
 from worker.storage.blobstore import BlobStore
+from worker.upkeep.ownership import Owner
 from worker.uploads.sessions import UploadSessions
 
 _log = structlog.get_logger()
@@ -34,15 +35,26 @@ class CleanUp:
         uploads: UploadSessions,
         *,
         period_s: float,
+        undo_s: float = 0.0,
         removed: Callable[[str], None] = lambda kind: None,
     ) -> None:
         self._registry = registry
         self._store = store
         self._uploads = uploads
         self._period_s = period_s
+        self._undo_s = undo_s
+        self._spared_before_s = 0.0
         self._removed = removed
         self._wake = asyncio.Event()
         registry.listen(self._on_entry)
+
+    def spare_older_than(self, owner: Owner) -> None:
+        """Let a sweep pass over what is older than this epoch, for the length of an undo window: whoever rebuilt the
+        registry up to the wrong point can do it again, up to another.
+        """
+        began = owner.since / 1000
+        if owner.epoch > 1 and time.time() < began + self._undo_s:
+            self._spared_before_s = began
 
     def _on_entry(self, entry: Entry) -> None:
         if entry.op in ("delete", "purge", "upload.end"):
@@ -79,6 +91,8 @@ class CleanUp:
     async def sweep(self) -> None:
         """Remove the blobs that no record names: left by a process that died between the bytes and the record."""
         async for blob in self._store.list("blobs/"):
+            if blob.modified < self._spared_before_s:
+                continue
             if not self._registry.wanted(blob.key) and self._registry.journal.healthy:
                 await self._remove(blob.key, "orphan")
 

@@ -1,8 +1,8 @@
 """The registry made anew from the rack's storage alone, under a new epoch.
 
-First the new epoch is written to `owner.json`, so that whoever wrote the old one stops and can never come back. Then the
-files are fetched and checked line by line, beside the registry's folder; the folder appears when it is complete. What
-was acknowledged and not archived yet is not known to anybody: the lag was its bound.
+First the new epoch is written to `owner.json`, so that whoever wrote the old one stops and can never come back. Then
+the files are fetched and checked line by line; the folder is a journal once it is complete. What was acknowledged and
+not archived yet is not known to anybody: the lag was its bound.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Archived:
 class Rebuilt:
     """`from_epoch` is the epoch whose archive was read, `other_epochs` are the others that were there.
 
-    `missing` (the first of them, `model:version`) and `missing_versions` have no bytes in the store any more; a job that
-    looks into each is recorded. `unknown_blobs` of `unknown_bytes` are named by no record: what was stored after the
-    point, or never finished.
+    `missing_versions`, of which `missing` are the first (`model:version`), have no bytes in the store any more; a job
+    that looks into each is recorded. `unknown_blobs` of `unknown_bytes` are named by no record: what was stored after
+    the point, or never finished.
     """
 
     journal: Reconstructed
@@ -108,7 +108,8 @@ async def rebuild(
         source = _chosen(found, epoch)
         owner = await _fence(store, rack, found)
         work = Reconstruction(staging.path, epoch=owner.epoch, until=until)
-        await _fetch(_Source(store, source, found[source], staging.path, progress), work, until)
+        if not await _fetch(_Source(store, source, found[source], staging.path, progress), work, until):
+            _check_end(found[source].manifest.last, work.head, until)
         done = await asyncio.to_thread(work.finish)
         await asyncio.to_thread(staging.commit)
     except PointUnreachable as error:
@@ -176,16 +177,25 @@ async def _fence(store: BlobStore, rack: str, found: dict[int, Archived]) -> Own
 # --- the files ---
 
 
-async def _fetch(source: _Source, work: Reconstruction, until: Until) -> None:
-    """Bring the files one by one, the pieces of a tail last, until the point is reached."""
+async def _fetch(source: _Source, work: Reconstruction, until: Until) -> bool:
+    """Bring the files one by one, the pieces of a tail last: whether a record was found that lies behind the point."""
     for each in source.archived.manifest.leading_to(until):
         await source.fetch_file(each)
         if not await asyncio.to_thread(work.take, each.file.name):
-            return
+            return True
     while pieces := source.archived.tails.pieces.get(name := segment_name(work.head + 1)):
         await source.fetch_tail(name, pieces)
         if not await asyncio.to_thread(work.take, name):
-            return
+            return True
+    return False
+
+
+def _check_end(last: int, head: int, until: Until) -> None:
+    """What is known ends at `head`, and of the files the last one at `last`: is it the point that was asked for?"""
+    if until.sequence is not None and head < until.sequence and last <= head:
+        raise CannotRebuild(f"the archive ends at sequence {head}")
+    if head < (until.sequence or last) and head < last:
+        raise CannotRebuild(f"the archive has nothing behind sequence {head} up to that point; it has later ones")
 
 
 @dataclass(slots=True)
