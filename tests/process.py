@@ -176,7 +176,7 @@ class Processes:
         if command == "worker" and "amqp.url" in given:
             self._queues.add((str(given["amqp.url"]), str(given.get("rack", "rack-1"))))
         log = self.folder / f"log-{len(self._running)}"
-        process = self._spawn([command, *flags], log, {**_environment(given), **(environment or {})})
+        process = self._spawn([command, *flags], log, {**environment_of(given), **(environment or {})})
         return Service(process, self.folder, f"http://127.0.0.1:{given['http.port']}", log, given)
 
     def command(self, *words: str | Path, **environment: str) -> subprocess.Popen[bytes]:
@@ -212,7 +212,7 @@ def _nobodys_environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
 
 
-def _environment(settings: Mapping[str, object]) -> dict[str, str]:
+def environment_of(settings: Mapping[str, object]) -> dict[str, str]:
     return {
         environment_name(path): value if isinstance(value, str) else json.dumps(value)
         for path, value in settings.items()
