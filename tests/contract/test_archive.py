@@ -101,7 +101,13 @@ async def opened(folder: Path, store: BlobStore | None = None) -> LocalRack:
 
 async def rebuilt(store: BlobStore, folder: Path, until: Until | None = None, epoch: int | None = None) -> Rebuilt:
     return await rebuild(
-        store, folder, rack=RACK, until=until or Until(), epoch=epoch, progress=lambda step, done, total: None
+        store,
+        folder,
+        rack=RACK,
+        until=until or Until(),
+        epoch=epoch,
+        patience_s=0,
+        progress=lambda step, done, total: None,
     )
 
 

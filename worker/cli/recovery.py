@@ -44,6 +44,9 @@ def rebuild_registry(
     to_sequence: ToSequence = None,
     to_time: ToTime = None,
     epoch: Annotated[int | None, typer.Option("--epoch", min=1, help="Whose archive; else the newest one.")] = None,
+    patience: Annotated[
+        float, typer.Option("--patience", min=0, help="Seconds an owner that lives gets to stop.")
+    ] = 10,
     yes: Yes = False,
     output: Form = Format.TABLE,
 ) -> None:
@@ -56,14 +59,15 @@ def rebuild_registry(
     until = _until(to_sequence, to_time)
     _confirm(f"rebuild the registry of {settings.rack}; its present owner, if there is one, stops", yes)
     with refusals(in_use="Stop the worker that runs on it first."), _recovery_refusals(), out.progress() as progress:
-        done = asyncio.run(_rebuild(settings, until, epoch, progress))
+        done = asyncio.run(_rebuild(settings, until, epoch, patience, progress))
     out.result({"success": True, **_rebuilt_document(done)}, lambda: pairs(_rebuilt_document(done)))
-    out.remark("note: what was acknowledged later, and not archived, is not known; the archive's lag was its bound")
+    if done.closed is None:
+        out.remark("note: what was acknowledged later, and not archived, is not known; the archive's lag was its bound")
     if done.missing_versions:
         out.remark("note: versions without their bytes are looked into, and quarantined, when the worker starts")
 
 
-async def _rebuild(settings: Settings, until: Until, epoch: int | None, progress: Report) -> Rebuilt:
+async def _rebuild(settings: Settings, until: Until, epoch: int | None, patience_s: float, progress: Report) -> Rebuilt:
     from worker.build import build_store
     from worker.upkeep.rebuild import rebuild
 
@@ -71,7 +75,13 @@ async def _rebuild(settings: Settings, until: Until, epoch: int | None, progress
     try:
         await store.probe()
         return await rebuild(
-            store, settings.registry.path, rack=settings.rack, until=until, epoch=epoch, progress=progress
+            store,
+            settings.registry.path,
+            rack=settings.rack,
+            until=until,
+            epoch=epoch,
+            patience_s=patience_s,
+            progress=progress,
         )
     finally:
         await store.close()
@@ -171,6 +181,7 @@ def _rebuilt_document(done: Rebuilt) -> dict[str, Any]:
     return {
         **_document(done.journal),
         "fromEpoch": done.from_epoch,
+        "ownerClosedAt": done.closed,
         "otherEpochs": list(done.other_epochs),
         "models": done.models,
         "versions": done.versions,

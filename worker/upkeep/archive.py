@@ -25,6 +25,7 @@ from worker.upkeep.archive_layout import (
     ArchivedFile,
     ArchiveManifest,
     Piece,
+    closed_key,
     epoch_of,
     file_key,
     manifest_key,
@@ -100,6 +101,7 @@ class Archive:
         """
         await self._look()
         await self._check_not_ahead(self._journal.durable)
+        await self._store.delete(closed_key(self._journal.epoch))
 
     async def run(self) -> None:
         """Ship every period. A failure is told, and the next round makes up for it."""
@@ -108,12 +110,15 @@ class Archive:
             await asyncio.sleep(self._period_s)
 
     async def finish(self, timeout_s: float) -> None:
-        """Ship the rest of a journal that is closed, if it can be done in time."""
+        """Ship the rest of a journal that is closed, and say that this is its end, if it can be done in time."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._guarded_round()
-        except TimeoutError:
-            _log.warning("archive_not_finished", lag_seconds=round(self.lag_s, 1))
+                await self.round()
+                if self.head >= self._journal.durable.head:
+                    end = orjson.dumps({"sequence": self.head})
+                    await self._store.put_document(closed_key(self._journal.epoch), end, etag=None)
+        except (ModelManagerError, TimeoutError) as error:
+            _log.warning("archive_not_finished", reason=str(error), lag_seconds=round(self.lag_s, 1))
 
     async def _guarded_round(self) -> None:
         started, code = time.monotonic(), None

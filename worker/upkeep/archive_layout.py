@@ -4,6 +4,7 @@
 journal/<epoch>/MANIFEST                        which sealed files are there, whole; one JSON object
 journal/<epoch>/<name>                          a base or a sealed segment, byte for byte
 journal/<epoch>/tail/<segment>/<start>-<end>    these bytes of a segment that is still written to
+journal/<epoch>/CLOSED                          `{"sequence"}`: the owner stopped in peace; no more will come
 ```
 
 An object that MANIFEST does not name, and that is no piece of a tail, was being written when its writer died.
@@ -163,6 +164,10 @@ def manifest_key(epoch: int) -> str:
     return f"{ROOT}{epoch}/MANIFEST"
 
 
+def closed_key(epoch: int) -> str:
+    return f"{ROOT}{epoch}/CLOSED"
+
+
 def file_key(epoch: int, name: str) -> str:
     return f"{ROOT}{epoch}/{name}"
 
@@ -184,7 +189,7 @@ def tails(epoch: int, keys: Iterable[str], manifest: ArchiveManifest) -> Tails:
         piece = _PIECE.fullmatch(rest)
         if piece and piece[1] not in manifest.names:
             found.pieces.setdefault(piece[1], []).append(Piece(int(piece[2]), int(piece[3])))
-        elif rest != "MANIFEST" and rest not in manifest.names:
+        elif rest not in ("MANIFEST", "CLOSED") and rest not in manifest.names:
             found.useless.append(key)
     for segment, pieces in found.pieces.items():
         cover = covering(pieces)

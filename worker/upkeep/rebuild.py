@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
+
 from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
 from worker.catalog.catalog import Catalog
@@ -20,7 +22,7 @@ from worker.journal import FolderTaken, PointUnreachable, Reconstructed, Reconst
 from worker.journal.manifest import segment_name
 from worker.journal.segment import Digest
 from worker.registry import Change, Registry
-from worker.storage.blobstore import BlobStore
+from worker.storage.blobstore import BlobStat, BlobStore
 from worker.upkeep.archive import Archive
 from worker.upkeep.archive_layout import (
     ROOT,
@@ -28,6 +30,7 @@ from worker.upkeep.archive_layout import (
     ArchiveManifest,
     Piece,
     Tails,
+    closed_key,
     epoch_of,
     file_key,
     manifest_key,
@@ -39,7 +42,9 @@ from worker.upkeep.ownership import DOCUMENT, NotOwner, Owner, read_owner
 
 Report = Callable[[str, int, int], None]
 
+PATIENCE_S = 10.0
 _MISSING_TOLD = 20
+_ALIVE_S = 60.0  # since it last wrote into its archive
 
 
 class CannotRebuild(Exception):
@@ -48,15 +53,17 @@ class CannotRebuild(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Archived:
-    """What the store holds of one epoch."""
+    """What the store holds of one epoch; `modified` is when anything of it was written last, in unix seconds."""
 
     manifest: ArchiveManifest
     tails: Tails
+    modified: float
 
 
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
-    """`from_epoch` is the epoch whose archive was read, `other_epochs` are the others that were there.
+    """`from_epoch` is the epoch whose archive was read, `other_epochs` are the others that were there. `closed` is the
+    sequence at which its owner stopped in peace (nothing behind it is missing); None: it did not, or nobody knows.
 
     `missing_versions`, of which `missing` are the first (`model:version`), have no bytes in the store any more; a job
     that looks into each is recorded. `unknown_blobs` of `unknown_bytes` are named by no record: what was stored after
@@ -65,6 +72,7 @@ class Rebuilt:
 
     journal: Reconstructed
     from_epoch: int
+    closed: int | None
     other_epochs: tuple[int, ...]
     models: int
     versions: int
@@ -78,23 +86,33 @@ class Rebuilt:
 
 async def archives(store: BlobStore) -> dict[int, Archived]:
     """What is archived in the store, by epoch. Raises ModelManagerError."""
-    keys: dict[int, list[str]] = {}
+    objects: dict[int, list[BlobStat]] = {}
     async for stat in store.list(ROOT):
         epoch = epoch_of(stat.key)
         if epoch is not None:
-            keys.setdefault(epoch, []).append(stat.key)
+            objects.setdefault(epoch, []).append(stat)
     found = {}
-    for epoch in sorted(keys):
+    for epoch, stats in sorted(objects.items()):
         document = await store.get_document(manifest_key(epoch))
         manifest = ArchiveManifest("", epoch) if document is None else parse_manifest(document.data)
-        found[epoch] = Archived(manifest, tails(epoch, keys[epoch], manifest))
+        pieces = tails(epoch, (stat.key for stat in stats), manifest)
+        found[epoch] = Archived(manifest, pieces, max(stat.modified for stat in stats))
     return found
 
 
 async def rebuild(
-    store: BlobStore, folder: Path, *, rack: str, until: Until, epoch: int | None = None, progress: Report
+    store: BlobStore,
+    folder: Path,
+    *,
+    rack: str,
+    until: Until,
+    progress: Report,
+    epoch: int | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> Rebuilt:
     """Make the journal of `rack` in `folder`, from the archive of `epoch` (None: the newest one that is complete).
+
+    An owner that may be alive is given `patience_s` to notice that it is the owner no more.
 
     Raises JournalLocked if a worker runs on the folder, CannotRebuild, NotOwner, JournalDamaged (what was archived is),
     ModelManagerError, OSError.
@@ -107,6 +125,8 @@ async def rebuild(
         found = await archives(store)
         source = _chosen(found, epoch)
         owner = await _fence(store, rack, found)
+        closed = await _closed(store, source, found[source], patience_s, progress)
+        found = await archives(store)
         work = Reconstruction(staging.path, epoch=owner.epoch, until=until)
         if not await _fetch(_Source(store, source, found[source], staging.path, progress), work, until):
             _check_end(found[source].manifest.last, work.head, until)
@@ -129,6 +149,7 @@ async def rebuild(
     return Rebuilt(
         journal=done,
         from_epoch=source,
+        closed=closed,
         other_epochs=tuple(sorted(set(found) - {source})),
         models=registry.catalog.totals.models,
         versions=registry.catalog.totals.versions,
@@ -172,6 +193,21 @@ async def _fence(store: BlobStore, rack: str, found: dict[int, Archived]) -> Own
             raise
         raise NotOwner("another process is taking the storage at this moment") from None
     return owner
+
+
+async def _closed(store: BlobStore, epoch: int, archived: Archived, patience_s: float, progress: Report) -> int | None:
+    """The sequence at which the owner of the epoch stopped in peace; None if it did not, or not in time."""
+    alive = time.time() - archived.modified < _ALIVE_S
+    deadline = time.monotonic() + (patience_s if alive else 0.0)
+    while True:
+        document = await store.get_document(closed_key(epoch))
+        if document is not None:
+            return int(orjson.loads(document.data)["sequence"])
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None
+        progress("old owner", int(patience_s - left), int(patience_s))
+        await asyncio.sleep(min(0.25, left))
 
 
 # --- the files ---
