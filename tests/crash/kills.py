@@ -60,13 +60,13 @@ def run(count: int = COUNT, *, seed: int = 1) -> Tally:
             owner.end()
             during[owner.place] += 1
             tally.cases += 1
-            take_up(owner, tally)
+            take_up(owner, str(folder), tally)
             if tally.cases % 100 == 0:
                 progress("kills", tally.cases, count, tally)
             if tally.broken:
                 break
         else:
-            last_boot(folder / "registry", book, tally)
+            boot_again(folder / "registry", book, str(folder), tally)
         tally.acks += book.acks
         tally.lost += book.lost
         if not tally.broken:
@@ -82,10 +82,10 @@ def next_owner(folder: Path, book: Book, choose: random.Random) -> Owner:
     return Owner(book, lambda voice: work(folder, voice, life=book.life, choose=random.Random(seed)))
 
 
-def take_up(owner: Owner, tally: Tally) -> None:
+def take_up(owner: Owner, where: str, tally: Tally) -> None:
     tally.boots += owner.booted
     tally.refused += bool(owner.broken) and not owner.booted
-    tally.broken += [f"life {owner.book.life}, {owner.place}: {text}" for text in owner.broken]
+    tally.broken += [f"{where}, life {owner.book.life}, {owner.place}: {text}" for text in owner.broken]
 
 
 def listen_for_a_while(owner: Owner, choose: random.Random) -> None:
@@ -97,17 +97,19 @@ def listen_for_a_while(owner: Owner, choose: random.Random) -> None:
         owner.listen(until=time.monotonic() + choose.random() * _LONGEST_S / 3)
 
 
-def last_boot(folder: Path, book: Book, tally: Tally) -> None:
-    """Boot once more, close, and have every byte checked."""
+def boot_again(folder: Path, book: Book, where: str, tally: Tally, *, count: int = 0) -> None:
+    """One more life, in peace: so many records, a close, and every byte checked."""
     book.life += 1
 
-    def live(voice: Voice) -> None:
+    async def live(voice: Voice) -> None:
         store = Store(folder, voice, life=book.life, files=Files(), segment_bytes=_SEGMENT_BYTES)
-        asyncio.run(store.journal.close())
+        store.start()
+        await store.put(count)
+        await store.journal.close()
         if (damage := verify(folder).damage) is not None:
             voice.say("broken", f"verify finds {damage}")
 
-    owner = Owner(book, live)
+    owner = Owner(book, lambda voice: asyncio.run(live(voice)))
     if (status := owner.end()) != 0:
-        owner.broken.append(f"the last boot ended with status {status}")
-    take_up(owner, tally)
+        owner.broken.append(f"it ended with status {status}")
+    take_up(owner, where, tally)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class Book:
         broken: list[str] = []
         sequences = [sequence for sequence, _ in found.pairs]
         numbers = {n for _, n in found.pairs}
-        if any(after <= before for before, after in zip(sequences, sequences[1:], strict=False)):
+        if any(after <= before for before, after in pairwise(sequences)):
             broken.append("the records are not in order")
         if len(numbers) != len(found.pairs):
             broken.append("a record is there twice")

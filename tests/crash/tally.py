@@ -14,8 +14,8 @@ class Tally:
     """One row of the table.
 
     `cases` are the states, kills, cuts, injections or damages that were tried; `boots` followed them. `acks` were seen
-    outside; `lost` are those of them that a later boot did not find. `refused` boots and `unreported` damages are broken
-    promises, too, and so is all in `broken`, in words.
+    outside; `lost` are those of them that a later boot did not find. Boots that were `refused` and damages that were
+    `unreported` break promises, too, and so does all in `broken`, in words.
     """
 
     name: str
