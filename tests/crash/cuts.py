@@ -52,7 +52,7 @@ def _cut(disk: LoopDisk, count: int, choose: random.Random, tally: Tally) -> Non
         tally.lost += book.lost
         if tally.broken:
             tally.broken.append(
-                f"what was found is in {shutil.copytree(folder, tempfile.mkdtemp(), dirs_exist_ok=True)}"
+                f"what was found is in {shutil.copytree(folder, tempfile.mkdtemp(prefix='cut-'), dirs_exist_ok=True)}"
             )
     tally.also = ", ".join(f"{number} in {place}" for place, number in sorted(during.items()))
 

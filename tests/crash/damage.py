@@ -103,34 +103,51 @@ def _without(data: bytes, sectors: list[int], begin: int) -> bytes:
 
 def judge(specimen: Specimen, damage: Damage, tally: Tally) -> None:
     tally.cases += 1
-    where = f"{damage.name}, {damage.what}"
     with specimen.damaged(damage.name, damage.data):
-        before = specimen.content()
-        if damage.kept is None and not _is_found(specimen.folder):
-            tally.unreported += 1
-            tally.broken.append(f"{where}: verify finds nothing")
         try:
-            found = specimen.boot()
-        except JournalDamaged as error:
-            if damage.kept is not None:
-                tally.refused += 1
-                tally.broken.append(f"{where}: {error}")
-            elif error.path != damage.name:
-                tally.broken.append(f"{where}: it is reported of {error.path}")
-            if specimen.content() != before:
-                tally.broken.append(f"{where}: the refusal changed something")
-            return
+            wrong = _refusal(specimen, damage, tally) if damage.kept is None else _boot(specimen, damage, tally)
+        except Exception as error:  # noqa: BLE001 - damage must not lead to anything else
+            wrong = f"{type(error).__name__}: {error}"
+    if wrong:
+        tally.broken.append(f"{damage.name}, {damage.what}: {wrong}")
+
+
+def _refusal(specimen: Specimen, damage: Damage, tally: Tally) -> str | None:
+    """What is wrong with how it is reported."""
+    before = specimen.content()
+    try:
+        specimen.boot()
+    except JournalDamaged as error:
+        if error.path != damage.name:
+            return f"it is reported of {error.path}"
+    else:
         tally.boots += 1
-        if damage.kept is None:
-            tally.unreported += 1
-            tally.broken.append(f"{where}: the boot says nothing")
-            return
-        least, most = damage.kept
-        if found != specimen.entries[: len(found)] or not least <= len(found) <= most:
-            tally.lost += max(1, least - len(found))
-            tally.broken.append(f"{where}: {len(found)} of {len(specimen.entries)} records, not {least} to {most}")
-        if (left := verify(specimen.folder).damage) is not None:
-            tally.broken.append(f"{where}: after the boot verify finds {left}")
+        tally.unreported += 1
+        return "the boot says nothing"
+    if specimen.content() != before:
+        return "the refusal changed something"
+    if not _is_found(specimen.folder):
+        tally.unreported += 1
+        return "verify finds nothing"
+    return None
+
+
+def _boot(specimen: Specimen, damage: Damage, tally: Tally) -> str | None:
+    """What is wrong with the boot that goes on."""
+    assert damage.kept is not None
+    try:
+        found = specimen.boot()
+    except JournalDamaged as error:
+        tally.refused += 1
+        return str(error)
+    tally.boots += 1
+    least, most = damage.kept
+    if found != specimen.entries[: len(found)] or not least <= len(found) <= most:
+        tally.lost += max(1, least - len(found))
+        return f"{len(found)} of {len(specimen.entries)} records, not {least} to {most}"
+    if (left := verify(specimen.folder).damage) is not None:
+        return f"after the boot verify finds {left}"
+    return None
 
 
 def _is_found(folder: Path) -> bool:

@@ -105,7 +105,7 @@ def boot_again(folder: Path, book: Book, where: str, tally: Tally, *, count: int
         store = Store(folder, voice, life=book.life, files=Files(), segment_bytes=_SEGMENT_BYTES)
         store.start()
         await store.put(count)
-        await store.journal.close()
+        await store.close()
         if (damage := verify(folder).damage) is not None:
             voice.say("broken", f"verify finds {damage}")
 

@@ -25,6 +25,8 @@ from tests.crash.ledger import LIFE, Book, Found, Ledger, found_in, record_of, r
 from worker.journal import Files, Journal, JournalFailed, base_name
 from worker.journal.files import SyncFailed
 
+_PATIENCE_S = 60.0
+
 FAILED = 3
 """Exit status of an owner whose disk failed: its journal stopped, or did not open."""
 
@@ -87,6 +89,12 @@ class Store:
         except (ModelManagerError, SyncFailed, OSError, ValueError):
             step("not compacted")
 
+    async def close(self) -> None:
+        """Raises JournalFailed if the journal has stopped, be it now."""
+        await self.journal.close()
+        if not self.journal.healthy:
+            raise JournalFailed(self.journal.failure)
+
 
 class Owner:
     """The process, from outside. What it tells goes into `book`."""
@@ -109,9 +117,10 @@ class Owner:
         self._ended = False
 
     def listen(self, *, until: float | None = None, unless: Callable[[], bool] = lambda: False) -> bool:
-        """Until that moment (monotonic), the end of the process, or `unless`: whether it still lives."""
+        """Until that moment (monotonic; else for a minute), the end of the process, or `unless`: whether it lives."""
+        until = time.monotonic() + _PATIENCE_S if until is None else until
         while not self._ended and not unless():
-            left = None if until is None else max(0.0, until - time.monotonic())
+            left = max(0.0, until - time.monotonic())
             if not select.select([self._fd], [], [], left)[0]:
                 return True
             data = os.read(self._fd, 1 << 20)
@@ -126,8 +135,9 @@ class Owner:
 
     def end(self, *, deaf: bool = False) -> int:
         """Wait for its end, `deaf` to what it tells until then; the exit status, negative after a signal."""
-        if not deaf:
-            self.listen()
+        if not deaf and self.listen():
+            self.broken.append("it hangs")
+            self.kill()
         os.close(self._fd)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 

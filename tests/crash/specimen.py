@@ -67,8 +67,10 @@ class Specimen:
         """All records that are found. Raises JournalDamaged."""
         ledger = Ledger()
         journal = Journal.open(self.folder, replay=ledger)
-        found = journal.read(0, 2**62)
-        asyncio.run(journal.close())
+        try:
+            found = journal.read(0, 2**62)
+        finally:
+            asyncio.run(journal.close())
         if [(entry.sequence, entry.record["n"]) for entry in found] != ledger.pairs:
             raise AssertionError("the replay has not the records that are read")
         return found

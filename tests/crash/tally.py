@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 _COLUMNS = ("cases", "boots", "acks", "lost", "refused", "unreported")
+_SHOWN = 8
 
 
 @dataclass(slots=True)
@@ -60,8 +61,8 @@ def table(rows: list[Tally]) -> str:
         counts = "".join(f"{getattr(row, column):>12,}" for column in _COLUMNS)
         lines.append(f"{row.name:{width}}{counts}{row.seconds:>10.1f}{'  ' * bool(row.also)}{row.also}")
     lines += [f"NOT RUN {row.name}: {row.not_run}" for row in rows if row.not_run]
-    lines += [f"BROKEN {row.name}: {text}" for row in rows for text in row.broken]
+    for row in rows:
+        lines += [f"BROKEN {row.name}: {text}" for text in row.broken[:_SHOWN]]
+        if len(row.broken) > _SHOWN:
+            lines.append(f"BROKEN {row.name}: {len(row.broken) - _SHOWN} more")
     return "\n".join(lines)
-
-
-assert set(_COLUMNS) <= {each.name for each in fields(Tally)}
