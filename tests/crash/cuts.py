@@ -51,9 +51,8 @@ def _cut(disk: LoopDisk, count: int, choose: random.Random, tally: Tally) -> Non
         tally.acks += book.acks
         tally.lost += book.lost
         if tally.broken:
-            tally.broken.append(
-                f"what was found is in {shutil.copytree(folder, tempfile.mkdtemp(prefix='cut-'), dirs_exist_ok=True)}"
-            )
+            kept = shutil.copytree(folder, tempfile.mkdtemp(prefix="cut-"), dirs_exist_ok=True)
+            tally.broken.append(f"what was found is in {kept}")
     tally.also = ", ".join(f"{number} in {place}" for place, number in sorted(during.items()))
 
 

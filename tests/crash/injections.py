@@ -187,9 +187,9 @@ def _injected(injection: Injection, tally: Tally) -> bool:
 def run_short(*, every: int = 1) -> Tally:
     """Every write of the script done in part; the next one goes on with it, or finds the disk full."""
     tally = Tally("short writes")
-    with TemporaryDirectory(prefix="injections-") as name:
+    with TemporaryDirectory(prefix="injections-") as name, Path(os.devnull).open("wb") as silence:
         counted = ShortFiles(0, full=False)
-        script(Path(name) / "registry", Voice(os.open(os.devnull, os.O_WRONLY)), lambda name: None, counted)
+        script(Path(name) / "registry", Voice(silence.fileno()), lambda name: None, counted)
     for number in range(1, counted.writes + 1, every):
         for full in (False, True):
             _cut_short(number, full, tally)

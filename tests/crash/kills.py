@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -57,7 +58,8 @@ def run(count: int = COUNT, *, seed: int = 1) -> Tally:
             owner = next_owner(folder / "registry", book, choose)
             listen_for_a_while(owner, choose)
             owner.kill()
-            owner.end()
+            if (status := owner.end()) != -signal.SIGKILL:
+                owner.broken.append(f"it ended by itself, with status {status}")
             during[owner.place] += 1
             tally.cases += 1
             take_up(owner, str(folder), tally)
