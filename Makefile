@@ -33,7 +33,8 @@ lint: .venv/.synced ## Check style, types and the direction of imports
 bench: .venv/.synced ## Measure against the numbers that are promised
 	@exec $(PYTHON) -m tests.benchmarks
 
-crash: .venv/.synced ## Cut the power at every operation of the journal, on a disk that forgets
+# As root, with strace and xfsprogs, all of it runs; what does not is told. `python -m tests.crash --help` has the parts.
+crash: .venv/.synced ## Kill the journal, cut its power, fail its disk and damage its files, at every point there is
 	@exec $(PYTHON) -m tests.crash
 
 mutations: .venv/.synced ## Take away each sync, rename and checksum of the journal: some test must notice
