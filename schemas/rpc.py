@@ -376,8 +376,10 @@ class PingReply(Success):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row of the contract. Lookups never wait behind writes. A repeated `effect` is answered from its record. A write
-    that `frees` room is taken when the registry's disk is full."""
+    """One row of the contract. Lookups never wait behind writes. A repeated `effect` is answered from its record.
+
+    A write that `frees` room is also taken when the registry's disk is full.
+    """
 
     name: str
     params: type[Wire]
@@ -396,7 +398,7 @@ _TABLE = (
     Method("searchModels", SearchModels, ListReply, "lookup", False, "The versions that meet the criteria."),
     Method("getModelMetadata", GetModelMetadata, MetadataReply, "lookup", False, "What is known of a version."),
     Method("updateModelMetadata", UpdateModelMetadata, MetadataReply, "write", True, "Change metadata by merge patch."),
-    Method("deleteModel", DeleteModel, DeleteReply, "write", True, "Delete a version, or all, with an undo window.", frees=True),
+    Method("deleteModel", DeleteModel, DeleteReply, "write", True, "Delete a version, or all, with undo.", frees=True),
     Method("restoreModel", RestoreModel, RestoreReply, "write", True, "Undo a delete within its window."),
     Method("setAlias", SetAlias, AliasReply, "write", True, "Point an alias at a version."),
     Method("deleteAlias", DeleteAlias, AliasReply, "write", True, "Remove an alias."),

@@ -273,8 +273,9 @@ class Journal:
         return await asyncio.wrap_future(self._accepting().run(lambda appender: appender.reserve.free_up(size)))
 
     async def discard(self, name: str) -> None:
-        """Remove what there is of a base that was to have this name and is not adopted."""
-        await asyncio.to_thread(self._remove, [f"{name}.tmp", f"{index_name(name)}.tmp"])
+        """Remove what there is of a base that was to have this name; one that was adopted stays."""
+        if name not in self._appender.manifest.names:
+            await asyncio.to_thread(self._remove, [name, f"{name}.tmp", f"{index_name(name)}.tmp"])
 
     @property
     def folder(self) -> Path:
