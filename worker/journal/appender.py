@@ -10,8 +10,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
