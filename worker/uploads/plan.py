@@ -17,11 +17,12 @@ Progress = Callable[[str, int], None]
 
 # So many fit into any record, however long their paths are.
 FEW_FILES = 500
-# As long as what the records of an upload have in these places, or longer.
+# As long as what the records of an upload have in these places; stores differ in how they name a multipart upload.
 _KEY = "blobs/" + "0" * 26
-_MULTIPART = "0" * 256
+_MULTIPART = "0" * 128
 _SIZE = 2**53
-_REST = "0" * (MAX_METADATA_BYTES + 8 * 1024)
+_REST = "0" * 8 * 1024
+_METADATA = "0" * MAX_METADATA_BYTES
 
 
 def advance(progress: Progress, before: int, seen: int) -> None:
@@ -37,17 +38,20 @@ def check_fits(op: str, record: dict[str, Any]) -> None:
         raise ModelManagerError("ERR_INVALID_REQUEST", message, **error.details) from None
 
 
-def check_plan(files: Sequence[UploadFile]) -> None:
-    """As `check_fits` for all records of an upload of these files, up to the version with any metadata."""
+def check_plan(files: Sequence[UploadFile], *, in_parts: bool) -> None:
+    """As `check_fits` for all records of an upload of these files, up to the version with any metadata.
+
+    `in_parts`: they go to a store that takes them so.
+    """
     if len(files) <= FEW_FILES:
         return
     begin, store = [], []
     for file in files:
         told = {"path": file.path, "size": _SIZE, "sha256": hex_of(file.sha256), "key": _KEY}
-        begin.append({**told, "multipart": _MULTIPART, "partSize": _SIZE})
+        begin.append({**told, "multipart": _MULTIPART, "partSize": _SIZE} if in_parts else told)
         store.append({**told, "mediaType": media_type(file.path)})
     check_fits("upload.begin", {"files": begin, "rest": _REST})
-    check_fits("store", {"files": store, "rest": _REST})
+    check_fits("store", {"files": store, "metadata": _METADATA, "rest": _REST})
 
 
 def planned_file(upload: UploadEntry, path: str) -> PlannedFile:

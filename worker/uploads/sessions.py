@@ -67,7 +67,7 @@ class UploadSessions:
         twin = self._registry.catalog.case_twin(params.model_id)
         if twin is not None:
             raise ModelManagerError("ERR_CONFLICT", f"The model {twin} differs in case only.", modelId=twin)
-        check_plan(params.files)
+        check_plan(params.files, in_parts=self._store.direct_uploads is not None)
         upload_id = new_ulid()
         planned: list[PlannedFile] = []
         present: list[str] = []
