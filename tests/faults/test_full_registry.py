@@ -23,7 +23,11 @@ from worker.registry import Change, Registry
 from worker.upkeep.compaction import Compaction, NoRoomToCompact
 
 PATCH = "/api/models/acme/kept/versions/1.0.0"
-UPLOAD = {"modelId": "acme/other", "version": "1.0.0", "files": [{"path": "a", "size": 1, "sha256": f"sha256:{1:064x}"}]}
+UPLOAD = {
+    "modelId": "acme/other",
+    "version": "1.0.0",
+    "files": [{"path": "a", "size": 1, "sha256": f"sha256:{1:064x}"}],
+}
 
 
 @pytest.fixture
