@@ -1,8 +1,9 @@
-"""A worker whose registry's disk is full: what each request gets, what it says of itself, and how it comes out of it."""
+"""A worker whose registry's disk is full: what a request gets, what it says of itself, and how it comes out of it."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import re
 import shutil
 import socket
@@ -13,9 +14,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from schemas.errors import ModelManagerError
 from tests.contract.test_compaction import store, update
 from tests.process import Answer, Processes, Service
 from tests.small_disk import MIB, MountedDisk, mounted
+from worker.client.amqp_caller import AmqpCaller
 from worker.journal import verify
 from worker.journal.reserve import RESERVE
 from worker.metrics import Metrics
@@ -134,6 +137,31 @@ def test_a_worker_with_a_full_registry_deletes_reads_tells_and_recovers(
     assert (disk.folder / RESERVE).stat().st_size == 32 * MIB
     assert [len(service.events(name)) for name in ("registry_full", "registry_has_room")] == [1, 1]
     assert service.stop() == 0
+
+
+async def test_requests_on_the_queue_are_answered_while_the_registry_is_full(
+    processes: Processes, disk: MountedDisk, amqp_url: str, rack: str
+) -> None:
+    settings = {"registry.path": str(disk.folder), "amqp.url": amqp_url, "rack": rack}
+    service = await asyncio.to_thread(processes.start("worker", settings=settings).until_ready)
+    assert (await asyncio.to_thread(service.put, "acme/kept", b"kept")).status == 201
+    disk.fill()
+    stored = await asyncio.to_thread(store_until_refused, service)
+    await asyncio.to_thread(service.until, lambda: not service.ready, "not ready")
+    caller = AmqpCaller(amqp_url, rack)
+    with pytest.raises(ModelManagerError) as refused:
+        await caller.call("setAlias", {"modelId": "acme/kept", "alias": "a", "version": "1.0.0"}, timeout_s=30)
+    assert (refused.value.code, refused.value.retryable) == ("ERR_STORAGE_FULL", False)
+    found = await caller.call("getModel", {"modelId": "acme/kept", "version": "1.0.0"}, timeout_s=30)
+    assert base64.b64decode(found["modelData"]) == b"kept"
+    for model in ("acme/kept", *stored):
+        await caller.call("deleteModel", {"modelId": model, "purge": True}, timeout_s=30)
+    assert (await caller.call("listModels", {}, timeout_s=30))["models"] == []
+    disk.empty()
+    await asyncio.to_thread(service.until_ready)
+    assert (await asyncio.to_thread(service.put, "acme/more", b"more")).status == 201
+    await caller.close()
+    assert await asyncio.to_thread(service.stop) == 0
 
 
 # --- compaction ------------------------------------------------------------------------------------------------------
