@@ -286,7 +286,7 @@ class Disk(Files):
             if size > len(file.cache):
                 file.change(Change(self._count(), size=size))
 
-    def size(self, path: Path) -> int:
+    def allocated(self, path: Path) -> int:
         with self._guard:
             return len(self._file(path).cache)
 

@@ -72,8 +72,10 @@ class Files:
                 raise
             write_all(self, fd, bytes(size), 0)
 
-    def size(self, path: Path) -> int:
-        return path.stat().st_size
+    def allocated(self, path: Path) -> int:
+        """Bytes of the file that have room on the disk: a copy may have holes in it."""
+        status = path.stat()
+        return min(status.st_size, status.st_blocks * 512)
 
     def free(self, folder: Path) -> int:
         """Bytes that may be written on the disk of `folder`; none if no file can be made there any more."""

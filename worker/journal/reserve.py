@@ -113,7 +113,7 @@ class Reserve:
 
     def _found(self) -> int:
         try:
-            return self._files.size(self._path)
+            return self._files.allocated(self._path)
         except OSError:
             return 0
 
