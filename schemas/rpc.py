@@ -376,7 +376,10 @@ class PingReply(Success):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row of the contract. Lookups never wait behind writes. A repeated `effect` is answered from its record."""
+    """One row of the contract. Lookups never wait behind writes. A repeated `effect` is answered from its record.
+
+    A write that `frees` room is also taken when the registry's disk is full.
+    """
 
     name: str
     params: type[Wire]
@@ -385,6 +388,7 @@ class Method:
     effect: bool
     summary: str
     job: bool = False
+    frees: bool = False
 
 
 _TABLE = (
@@ -394,7 +398,15 @@ _TABLE = (
     Method("searchModels", SearchModels, ListReply, "lookup", False, "The versions that meet the criteria."),
     Method("getModelMetadata", GetModelMetadata, MetadataReply, "lookup", False, "What is known of a version."),
     Method("updateModelMetadata", UpdateModelMetadata, MetadataReply, "write", True, "Change metadata by merge patch."),
-    Method("deleteModel", DeleteModel, DeleteReply, "write", True, "Delete a version, or all, with an undo window."),
+    Method(
+        "deleteModel",
+        DeleteModel,
+        DeleteReply,
+        "write",
+        True,
+        "Delete a version, or all, with an undo window.",
+        frees=True,
+    ),
     Method("restoreModel", RestoreModel, RestoreReply, "write", True, "Undo a delete within its window."),
     Method("setAlias", SetAlias, AliasReply, "write", True, "Point an alias at a version."),
     Method("deleteAlias", DeleteAlias, AliasReply, "write", True, "Remove an alias."),
@@ -404,10 +416,10 @@ _TABLE = (
     Method("createUpload", CreateUpload, UploadReply, "write", True, "Begin to bring the bytes of a version."),
     Method("getUpload", GetUpload, GetUploadReply, "lookup", False, "The state of an upload; signs parts."),
     Method("completeUpload", CompleteUpload, UploadReply, "write", True, "Verify what was uploaded.", job=True),
-    Method("abortUpload", AbortUpload, AbortReply, "write", True, "Give up an upload."),
+    Method("abortUpload", AbortUpload, AbortReply, "write", True, "Give up an upload.", frees=True),
     Method("getChanges", GetChanges, ChangesReply, "lookup", False, "The change feed of this rack."),
     Method("getJob", GetJob, JobStatus, "lookup", False, "The state of a job."),
-    Method("cancelJob", CancelJob, JobStatus, "write", False, "Cancel a job."),
+    Method("cancelJob", CancelJob, JobStatus, "write", False, "Cancel a job.", frees=True),
     Method("ping", Ping, PingReply, "lookup", False, "Who answers, and how far its journal is."),
 )
 

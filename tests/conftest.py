@@ -100,6 +100,15 @@ def aloud(config: pytest.Config) -> AbstractContextManager[None]:
     return capture.global_and_fixture_disabled() if capture else nullcontext()
 
 
+@pytest.fixture(autouse=True)
+def no_reserve_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The folders of the last runs are kept, and each journal holds 32 MiB of the disk."""
+    yield
+    folder = getattr(request.node, "funcargs", {}).get("tmp_path")
+    for reserve in folder.rglob("RESERVE") if folder is not None else ():
+        reserve.unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="session", name="rabbitmq")
 def rabbitmq_fixture(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
     """The broker of the session. A test that ends it starts it again."""

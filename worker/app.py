@@ -26,7 +26,7 @@ from worker.announcer import Announcer
 from worker.build import build_policy, build_store
 from worker.cache import ModelCache
 from worker.dispatch import Dispatcher
-from worker.journal import Entry, JournalDamaged, JournalLocked
+from worker.journal import Entry, JournalDamaged, JournalLocked, disk_full
 from worker.logs import configure_logs
 from worker.metrics import Metrics
 from worker.readiness import Readiness
@@ -114,7 +114,7 @@ class App:
             undo_s=settings.limits.undo_seconds,
             removed=self.metrics.blob_removed,
         )
-        self.compaction = Compaction(self.registry)
+        self.compaction = Compaction(self.registry, observe=self.metrics.journal)
         self.http = HttpServer(
             host=settings.http.host,
             port=settings.http.port,
@@ -180,6 +180,7 @@ class App:
         owner = await self._own_storage()
         self.registry.start()
         self.readiness.set("registry", True)
+        self._tell_room()
         resumed = self.service.jobs.resume()
         self._background(self.clean_up.run(), "clean-up")
         self._background(self.compaction.run(), "compaction")
@@ -332,12 +333,25 @@ class App:
             if not journal.healthy:
                 self.readiness.set("registry", False, journal.failure or "the journal failed")
                 self._fail(_EXIT_FAILED)
+            else:
+                self._tell_room()
             if self.amqp is not None:
                 status = self.amqp.status
                 self.readiness.set("broker", status.connected and status.consuming, status.reason)
             if time.monotonic() - probed > _PROBE_PERIOD_S:
                 probed = time.monotonic()
                 await self._probe_storage()
+
+    def _tell_room(self) -> None:
+        """A full registry makes the worker not ready; what is sent to it all the same is answered."""
+        full = self.registry.journal.full_since is not None
+        ready, _ = self.readiness.checks["registry"]
+        if full and ready:
+            self.readiness.set("registry", False, disk_full().message)
+            _log.error("registry_full", reason=disk_full().message)
+        elif not full and not ready:
+            self.readiness.set("registry", True)
+            _log.info("registry_has_room")
 
     async def _probe_storage(self) -> None:
         try:

@@ -159,6 +159,8 @@ class Dispatcher:
             raise ModelManagerError("ERR_SHUTTING_DOWN")
         if not self._registry.opened:
             raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "The worker is starting: its registry is not open yet.")
+        if method.lane == "write" and not method.frees:
+            self._registry.check_room()
         token = deadline_of_request.set(context.deadline)
         try:
             remaining = None if context.deadline is None else context.deadline - time.monotonic()

@@ -25,6 +25,7 @@ OTHER = "other"
 
 _ROUTES = {route.path for route in ROUTES} | {CONTENT, FILE, UPLOAD_FILE}
 _PROBES = {"/livez", "/readyz", "/health", "/metrics", "/version", "/openapi.json"}
+_RESULTS = ("ok", "no_room", "failed")
 _VERBS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
 
 
@@ -191,6 +192,16 @@ class JournalMetrics(JournalObserver):
         self._torn = objects.counter("journal_torn_tail_repaired_total", "Boots that cut an unfinished write off.")
         self._torn_bytes = objects.counter("journal_torn_tail_bytes_total", "Bytes of unfinished writes cut off.")
         self._records = objects.counter("journal_records_total", "Records written.", ["type"])
+        self._compactions = objects.counter("journal_compactions_total", "Compactions that ended.", ["result"])
+        self._compaction = objects.histogram("journal_compaction_seconds", "One compaction.", _TRANSFER_S)
+        self._compacted = objects.gauge(
+            "journal_compaction_bytes", "The last compaction: bytes it read, and those of its base.", ["side"]
+        )
+        self._results = Values(_RESULTS)
+        for result in _RESULTS:
+            self._compactions.labels(result)
+        for side in ("before", "after"):
+            self._compacted.labels(side)
         self._types = Values(RECORDS)
         for op in RECORDS:
             self._records.labels(op)
@@ -207,6 +218,15 @@ class JournalMetrics(JournalObserver):
     def torn_tail(self, size: int) -> None:
         self._torn.inc()
         self._torn_bytes.inc(size)
+
+    def compaction_ended(self, result: str, seconds: float) -> None:
+        """A compaction is over: `ok`, `no_room` or `failed`."""
+        self._compactions.labels(self._results(result)).inc()
+        self._compaction.observe(seconds)
+
+    def compacted(self, bytes_before: int, bytes_after: int) -> None:
+        self._compacted.labels("before").set(bytes_before)
+        self._compacted.labels("after").set(bytes_after)
 
     def recorded(self, op: str) -> None:
         """A record of this kind is durable."""

@@ -23,8 +23,9 @@ from schemas.errors import ModelManagerError
 from schemas.journal import Idempotency
 from worker.catalog.catalog import Catalog
 from worker.catalog.records import IndexedLine, IndexedRecord
+from worker.catalog.retention import frees_room
 from worker.catalog.snapshot import load_catalog
-from worker.journal import Entry, Journal, JournalFailed, JournalObserver, RecordCold
+from worker.journal import Entry, Journal, JournalFailed, JournalObserver, RecordCold, disk_full
 
 _log = structlog.get_logger()
 _T = TypeVar("_T")
@@ -103,7 +104,9 @@ class Registry:
         """Take the lock, verify and replay the journal. Blocking, long for a large one. Raises the journal's errors."""
         started = time.monotonic()
         catalog = self.catalog = Catalog(self._record)
-        self._journal = Journal.open(self._folder, replay=CatalogReplay(catalog), observe=self._observe)
+        self._journal = Journal.open(
+            self._folder, replay=CatalogReplay(catalog), frees=frees_room, observe=self._observe
+        )
         catalog.settle()
         self.replay_seconds = time.monotonic() - started
 
@@ -131,6 +134,11 @@ class Registry:
         if self._journal is None:
             raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "The registry is not open yet.")
         return self._journal
+
+    def check_room(self) -> None:
+        """Raises ERR_STORAGE_FULL while the disk is full: a write that frees no room would be refused in the end."""
+        if self.journal.full_since is not None:
+            raise disk_full()
 
     @property
     def opened(self) -> bool:

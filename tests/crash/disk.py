@@ -107,6 +107,8 @@ class Disk(Files):
 
     def __init__(self) -> None:
         self.before: Callable[[str], int | None] = lambda name: None
+        self.room = 2**40
+        """What `free` tells; nothing else looks at it."""
         self._root = Folder()
         self._namings: list[Naming] = []
         self._number = 0
@@ -276,6 +278,20 @@ class Disk(Files):
             file = self._of(fd)
             if size != len(file.cache):
                 file.change(Change(self._count(), size=size))
+
+    def allocate(self, fd: int, size: int) -> None:
+        self.before("allocate")
+        with self._guard:
+            file = self._of(fd)
+            if size > len(file.cache):
+                file.change(Change(self._count(), size=size))
+
+    def allocated(self, path: Path) -> int:
+        with self._guard:
+            return len(self._file(path).cache)
+
+    def free(self, folder: Path) -> int:
+        return self.room
 
     def fdatasync(self, fd: int) -> None:
         with self._guard:

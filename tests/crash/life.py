@@ -18,6 +18,8 @@ from worker.journal.replay import replay_base, replay_sealed
 
 Record = dict[str, Any]
 
+RESERVE_BYTES = 4096
+
 
 def boot(folder: Path, files: Files) -> list[Entry]:
     """What a boot finds. Its owner is gone at once, without a word: on a fake disk, whose `copy` frees the folder."""
@@ -33,7 +35,14 @@ class Life:
         self._folder = folder
         self._files = files
         self.found: list[Entry] = []
-        self.journal = Journal.open(folder, replay=self.found.append, files=files, segment_bytes=segment_bytes)
+        self.journal = Journal.open(
+            folder,
+            replay=self.found.append,
+            frees=lambda op, record: bool(record.get("frees")),
+            files=files,
+            segment_bytes=segment_bytes,
+            reserve_bytes=RESERVE_BYTES,
+        )
         self._runner = asyncio.Runner()
         self._loop = self._runner.get_loop()
         self._runner.run(self._start())

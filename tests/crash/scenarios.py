@@ -110,6 +110,35 @@ def no_room(stage: Stage) -> None:
         stage.put(2)
 
 
+def full_disk(stage: Stage) -> None:
+    """The room that is left ends within each write, and grows as the reserve is given up; then there is plenty."""
+    with stage.life(segment_bytes=1200, killed=True):
+        stage.put(1)
+        stage.disk.room = 300
+        room = [300]
+
+        def full(name: str) -> int | None:
+            if name in ("ftruncate", "unlink"):
+                room[0] = 200
+            if name != "pwrite":
+                return None
+            if not room[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left, room[0] = room[0], 0
+            return left
+
+        stage.trouble = full
+        stage.put(3, size=150)
+        stage.put(1, frees=True)
+        stage.put(2)
+        stage.put(3, frees=True)
+        stage.trouble = lambda name: None
+        stage.compact()
+        stage.put(1, frees=True)
+    with stage.life(killed=True):
+        stage.put(2)
+
+
 def unknown_file(stage: Stage) -> None:
     disk = stage.disk
     disk.mkdir(FOLDER.parent)
@@ -155,5 +184,6 @@ SCENARIOS = (
     Scenario("torn tail", torn_tail),
     Scenario("failed sync", failed_sync),
     Scenario("no room", no_room),
+    Scenario("full disk", full_disk),
     Scenario("unknown file", unknown_file, intact=note_is_kept),
 )

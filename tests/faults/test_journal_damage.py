@@ -19,6 +19,7 @@ from worker.journal import Entry, Files, Journal, JournalDamaged, JournalObserve
 from worker.journal.appender import Appender
 from worker.journal.format import encode
 from worker.journal.replay import recover
+from worker.journal.reserve import Reserve
 
 SECTOR = 512
 
@@ -37,8 +38,9 @@ def filled(
     files, entries = Files(), []
     folder.mkdir(exist_ok=True)
     recovered = recover(files, folder, lambda _: None, time.time)
+    reserve = Reserve(files, folder, size=0, clock=time.time)
     appender = Appender(
-        files, folder, recovered, segment_bytes=segment_bytes, clock=time.time, observe=JournalObserver()
+        files, folder, recovered, reserve, segment_bytes=segment_bytes, clock=time.time, observe=JournalObserver()
     )
     appender.prepare()
     for size in batches:

@@ -59,6 +59,7 @@ def everything_happens(metrics: Metrics, name: Callable[[int], str], times: int)
         metrics.amqp.dead_lettered(word)
         metrics.amqp.hint_published(word)
         metrics.journal.recorded(word)
+        metrics.journal.compaction_ended(word, 0.1)
         metrics.http.answered(word, word, i, 0.1)
         storage.operation(word, 0.1, word)
         storage.retried(word)
@@ -184,12 +185,19 @@ def test_what_the_journal_does_is_counted(metrics: Metrics) -> None:
     observer.fsync_failed()
     observer.torn_tail(17)
     metrics.replayed(1.5)
+    metrics.journal.compaction_ended("ok", 2.5)
+    metrics.journal.compacted(1000, 100)
     assert value(metrics, "journal_append_seconds_sum") == 0.25
     assert value(metrics, "journal_fsync_seconds_sum") == 0.5
     assert value(metrics, "journal_fsync_failures_total") == 1
     assert value(metrics, "journal_torn_tail_repaired_total") == 1
     assert value(metrics, "journal_torn_tail_bytes_total") == 17
     assert value(metrics, "journal_replay_seconds") == 1.5
+    assert value(metrics, "journal_compactions_total", result="ok") == 1
+    assert value(metrics, "journal_compactions_total", result="no_room") == 0
+    assert value(metrics, "journal_compaction_seconds_sum") == 2.5
+    assert value(metrics, "journal_compaction_bytes", side="before") == 1000
+    assert value(metrics, "journal_compaction_bytes", side="after") == 100
 
 
 def test_a_failed_attempt_at_the_store_counts_as_an_operation_and_as_an_error(metrics: Metrics) -> None:
@@ -245,6 +253,7 @@ async def test_the_gauges_follow_the_registry_and_the_cache(metrics: Metrics, tm
         assert value(metrics, "model_formats", format=METADATA["type"]) == 1
         assert value(metrics, "journal_last_sequence") == registry.journal.head
         assert (value(metrics, "journal_bytes") or 0) > 0
+        assert value(metrics, "registry_full") == 0
         assert value(metrics, "cache_bytes") == 4
         assert value(metrics, "cache_hits_total") == 1
         await registry.transact("model", lambda: Change("delete", RECORD_EXAMPLES["delete"]))

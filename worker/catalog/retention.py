@@ -1,4 +1,5 @@
-"""Which records compaction keeps: those that the catalog, the change feed and repeated requests still need.
+"""Which records compaction keeps: those that the catalog, the change feed and repeated requests still need; and which
+free room.
 
 A replay of the kept records gives the catalog that all records give. For that a version keeps its `store`, its last
 `update`, and its last `delete` or `restore`; those of a version that is gone may go too, since a record about what is
@@ -29,6 +30,11 @@ class Retained:
 
     sequences: Sequences
     changes_from: int
+
+
+def frees_room(op: str, record: dict[str, Any]) -> bool:
+    """Whether the record ends something: by itself, or once its time is over, bytes or other records go with it."""
+    return op in ("delete", "purge", "job.end") or (op == "upload.end" and record["state"] != "completed")
 
 
 def retained(catalog: Catalog, *, tombstone_ms: int = TOMBSTONE_MS) -> Retained:

@@ -10,6 +10,7 @@ base-<number, 10 digits>.jsonl       at most one: the records of compacted segme
 base-<number>.idx                    derived from it; may be deleted at any time
 seg-<first sequence, 20 digits>.jsonl   segments: sealed ones, then exactly one active one
 seg-....jsonl.<offset>[.<n>].torn    bytes cut from the end of a segment at a boot; kept for people, never read
+RESERVE                              room to be given up when the disk is full; its bytes mean nothing
 aside/                               files a boot found here and did not know; never read
 *.tmp                                a file that was being published; removed by the next boot
 ```
@@ -103,6 +104,13 @@ segment that ends in `seal`; the next owner goes on from there.
 No room (ENOSPC, EFBIG, EDQUOT) before the fdatasync: the segment is cut back to its durable end, the batch fails, the
 journal goes on. If even that fails, or any fsync does, the journal stops.
 
+RESERVE has 32 MiB, really allocated; it is made after the boot, and never synced, since no promise rests on it. With
+ENOSPC and EDQUOT the disk is full: an eighth of RESERVE is cut off, and only records that free room are taken
+(`worker/catalog/retention.py` knows which). For them, for a rotation that compaction asks for, for the base and for its
+MANIFEST more of it is given up, an eighth at a time, at last the file itself. Once a second the owner looks: when what
+is free and what is left of RESERVE are 64 MiB, RESERVE is made whole, and the disk is not full any more. A boot finds
+the disk full if RESERVE is not whole and that room is not there; one with hardly any room cuts off an eighth first.
+
 Reading at boot
 ===============
 
@@ -132,9 +140,9 @@ cut off, so it acts on line k only when a later line has `b` > k. At `seal` it g
 from __future__ import annotations
 
 from worker.journal.compaction import Base
-from worker.journal.failures import JournalDamaged, JournalFailed, JournalLocked
+from worker.journal.failures import JournalDamaged, JournalFailed, JournalLocked, disk_full
 from worker.journal.files import Files
-from worker.journal.format import CONTROL_OPS, Entry, Line
+from worker.journal.format import CONTROL_OPS, Entry, Line, check_record
 from worker.journal.inspection import VerifyReport, dump, verify
 from worker.journal.journal import SEGMENT_BYTES, Durable, Journal, JournalStats
 from worker.journal.manifest import SealedFile, base_name
@@ -171,6 +179,8 @@ __all__ = [
     "Until",
     "VerifyReport",
     "base_name",
+    "check_record",
+    "disk_full",
     "dump",
     "verify",
 ]

@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 
@@ -25,6 +27,7 @@ from worker.journal.format import CONTROL_OPS, MARK, OPEN, SEAL, make_line
 from worker.journal.manifest import SealedFile
 from worker.journal.observer import JournalObserver
 from worker.journal.replay import Recovered, open_line
+from worker.journal.reserve import NO_ROOM, Reserve
 from worker.journal.segment import Digest, Segment
 
 # What passes, by our doing or another's, and leaves the durable part of the journal as it was.
@@ -38,6 +41,8 @@ _PASSING = {
 }
 _RECORD = ""
 
+T = TypeVar("T")
+
 
 class Appender:
     """Owns the active segment. `prepare` comes first. After JournalFailed every call raises it again."""
@@ -47,6 +52,7 @@ class Appender:
         files: Files,
         folder: Path,
         recovered: Recovered,
+        reserve: Reserve,
         *,
         segment_bytes: int,
         clock: Callable[[], float],
@@ -57,6 +63,7 @@ class Appender:
         self._segment_bytes = segment_bytes
         self._clock = clock
         self.observe = observe
+        self.reserve = reserve
         self._digest = Digest()
         self._crc = recovered.crc
         self._last_op = recovered.last_op
@@ -86,19 +93,26 @@ class Appender:
         """Whether the last batch is one that a cut could hide, so that a `mark` is of use."""
         return self._last_op not in CONTROL_OPS
 
-    def append(self, payloads: Sequence[bytes]) -> tuple[int, int]:
+    def append(self, payloads: Sequence[bytes], *, at_any_cost: bool = False) -> tuple[int, int]:
         """Make one batch of business records durable: the sequence of its first line, and its time in ms.
+
+        `at_any_cost` takes all of the reserve for it, if it has to.
 
         Raises ModelManagerError ERR_STORAGE_FULL if there is no room, or ERR_STORAGE_UNAVAILABLE if there are no file
         descriptors or no memory: nothing of the batch is in the journal then, and it goes on.
         Raises JournalFailed if it is unknown whether the batch is durable.
         """
         with self._failing():
-            if self._last_op == SEAL:
-                self._open_next()
-            first = self.sequence + 1
-            time_ms = self._write_batch(payloads, _RECORD)
-            self.segments[-1].records += len(payloads)
+            if at_any_cost:
+                return self._helped(partial(self._append, payloads))
+            return self._append(payloads)
+
+    def _append(self, payloads: Sequence[bytes]) -> tuple[int, int]:
+        if self._last_op == SEAL:
+            self._open_next()
+        first = self.sequence + 1
+        time_ms = self._write_batch(payloads, _RECORD)
+        self.segments[-1].records += len(payloads)
         return first, time_ms
 
     def mark(self) -> bool:
@@ -131,25 +145,25 @@ class Appender:
         return True
 
     def rotate(self) -> bool:
-        """Begin the next segment, unless the active one has no records: whether it did.
+        """Begin the next segment, unless the active one has no records: whether it did. Takes of the reserve.
 
         Raises ModelManagerError ERR_STORAGE_FULL if there is no room for it, JournalFailed.
         """
         if not self.segments[-1].records:
             return False
         with self._failing():
-            self._seal()
-            self._open_next()
+            self._helped(self._seal)
+            self._helped(self._open_next)
         return True
 
     def raise_epoch(self, epoch: int) -> None:
         """Go on in `epoch`, in a segment of its own. Raises ModelManagerError without room, JournalFailed."""
         with self._failing():
             manifest = self.manifest
-            self._seal()
+            self._helped(self._seal)
             self.manifest = replace(manifest, epoch=epoch)
             try:
-                self._open_next()
+                self._helped(self._open_next)
             except BaseException:
                 self.manifest = manifest
                 raise
@@ -165,7 +179,7 @@ class Appender:
                 self._files.rename(self._folder / f"{name}.tmp", self._folder / name)
             sync_folder(self._files, self._folder)
             manifest = self.manifest.compacted(base.file, base.stands_for)
-            manifest.publish(self._files, self._folder)
+            self._helped(partial(manifest.publish, self._files, self._folder))
         left = [file for file in self.manifest.sealed if file.name not in manifest.names]
         self.manifest = manifest
         self.segments = (segment, *(kept for kept in self.segments if kept.first > base.stands_for))
@@ -244,6 +258,15 @@ class Appender:
         self.manifest = manifest
         self.sequence, self._crc, self._last_op = segment.first, crc, OPEN
 
+    def _helped(self, write: Callable[[], T]) -> T:
+        """Do it, and again for as long as there is no room for it and a part of the reserve can be given up."""
+        while True:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in NO_ROOM or not self.reserve.spend():
+                    raise
+
     @contextmanager
     def _failing(self) -> Iterator[None]:
         """Sort what a disk can answer into the two errors that callers know."""
@@ -257,6 +280,8 @@ class Appender:
             self.failure = f"fsync failed: {error}"
             raise JournalFailed(self.failure) from error
         except OSError as error:
+            if error.errno in NO_ROOM:
+                self.reserve.found_full()
             if error.errno in _PASSING:
                 raise ModelManagerError(_PASSING[error.errno], "The registry cannot be written now.") from error
             self.failure = f"the disk failed: {error.strerror}"

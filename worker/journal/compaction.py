@@ -89,13 +89,23 @@ def read_written(files: Files, folder: Path, base: Base) -> Segment:
     return segment
 
 
-def _kept_lines(
-    files: Files, folder: Path, segment: Segment, keep: np.ndarray[Any, np.dtype[np.uint64]]
-) -> Iterator[bytes]:
+def kept_bytes(sealed: Sealed, keep: np.ndarray[Any, np.dtype[np.uint64]]) -> int:
+    """How many bytes the lines with these sequences have."""
+    return sum(int(segment.sizes()[_wanted(segment, keep)].sum()) for segment in sealed.segments)
+
+
+def _wanted(segment: Segment, keep: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Of each line whether it is kept."""
     sequences = segment.sequences()
     places = np.searchsorted(keep, sequences)
     places[places == len(keep)] = 0
-    wanted = keep[places] == sequences if len(keep) else np.zeros(len(sequences), bool)
+    return keep[places] == sequences if len(keep) else np.zeros(len(sequences), bool)
+
+
+def _kept_lines(
+    files: Files, folder: Path, segment: Segment, keep: np.ndarray[Any, np.dtype[np.uint64]]
+) -> Iterator[bytes]:
+    wanted = _wanted(segment, keep)
     with files.reader(folder / segment.name) as stream:
         for line, is_wanted in zip(stream, wanted.tolist(), strict=False):
             if is_wanted:

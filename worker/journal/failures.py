@@ -1,6 +1,9 @@
-"""The three ways a journal refuses. They stop a boot or the process, so none of them is an error on the wire."""
+"""The three ways a journal refuses that stop a boot or the process, so none is an error on the wire; and the full disk,
+which is one."""
 
 from __future__ import annotations
+
+from schemas.errors import ModelManagerError
 
 
 class JournalDamaged(Exception):
@@ -34,3 +37,8 @@ class JournalFailed(Exception):
 
     Only a new boot finds out; the process should end with a non-zero exit code.
     """
+
+
+def disk_full() -> ModelManagerError:
+    """Nothing was appended, and growth will not be until there is room."""
+    return ModelManagerError("ERR_STORAGE_FULL", "The registry's disk is full: only deletes are taken.")

@@ -62,6 +62,26 @@ class Files:
     def ftruncate(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
+    def allocate(self, fd: int, size: int) -> None:
+        """Make the file `size` bytes long, with room on the disk for each of them. It has any part of it, or none,
+        after an error."""
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            write_all(self, fd, bytes(size), 0)
+
+    def allocated(self, path: Path) -> int:
+        """Bytes of the file that have room on the disk: a copy may have holes in it."""
+        status = path.stat()
+        return min(status.st_size, status.st_blocks * 512)
+
+    def free(self, folder: Path) -> int:
+        """Bytes that may be written on the disk of `folder`; none if no file can be made there any more."""
+        room = os.statvfs(folder)
+        return room.f_bavail * room.f_frsize if room.f_favail or not room.f_files else 0
+
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)
 

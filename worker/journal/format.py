@@ -76,6 +76,11 @@ def encode(op: str, record: dict[str, Any]) -> bytes:
     return payload
 
 
+def check_record(op: str, record: dict[str, Any]) -> None:
+    """Raises as `encode` does: to know it before work is done that would be for nothing."""
+    encode(op, record)
+
+
 def close(body: bytes, seed: int) -> tuple[bytes, int]:
     """The complete line of `body` (all before `,"crc":"`), chained to `seed`, and its crc."""
     crc = crc32(body, seed)

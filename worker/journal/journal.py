@@ -16,13 +16,14 @@ from schemas.errors import ModelManagerError
 from worker.journal.appender import Appender
 from worker.journal.base_index import index_name
 from worker.journal.compaction import Base, read_written
-from worker.journal.failures import JournalFailed
+from worker.journal.failures import JournalFailed, disk_full
 from worker.journal.files import Files, SyncFailed
 from worker.journal.format import CONTROL_OPS, Entry, encode
 from worker.journal.lock import FolderLock
 from worker.journal.manifest import Manifest, SealedFile, is_base
 from worker.journal.observer import JournalObserver
 from worker.journal.replay import Recovered, Replay, recover
+from worker.journal.reserve import RESERVE_BYTES, Reserve
 from worker.journal.room import Room
 from worker.journal.segment import Segment
 from worker.journal.writer import Outcome, Pending, Writer
@@ -67,12 +68,21 @@ class Journal:
     from any thread.
     """
 
-    def __init__(self, folder: Path, files: Files, lock: FolderLock, appender: Appender, recovered: Recovered) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: Files,
+        lock: FolderLock,
+        appender: Appender,
+        recovered: Recovered,
+        frees: Callable[[str, dict[str, Any]], bool],
+    ) -> None:
         """Use `open`."""
         self._folder = folder
         self._files = files
         self._lock = lock
         self._appender = appender
+        self._frees = frees
         self._torn_bytes = recovered.torn_bytes
         self._observe = appender.observe
         self._head = appender.sequence
@@ -96,7 +106,9 @@ class Journal:
         folder: Path,
         *,
         replay: Replay[Any] | Callable[[Entry], object],
+        frees: Callable[[str, dict[str, Any]], bool] = lambda op, record: False,
         segment_bytes: int = SEGMENT_BYTES,
+        reserve_bytes: int = RESERVE_BYTES,
         files: Files = _DISK,
         clock: Callable[[], float] = time.time,
         observe: JournalObserver = _UNOBSERVED,
@@ -104,8 +116,9 @@ class Journal:
         """Take the folder, verify what is in it and replay it; a folder that is new or empty gets a new journal.
 
         Blocks for as long as the reading takes. `replay` gets the business records in order, on this thread, in
-        blocks or, if it is a function, one by one; if the boot is refused it may have got some. `clock` tells unix
-        seconds.
+        blocks or, if it is a function, one by one; if the boot is refused it may have got some. `frees` tells of an op
+        and its record whether it frees room, so that it is taken, with the help of the reserve, when the disk is full.
+        `clock` tells unix seconds.
 
         Raises JournalLocked at once if another process owns the folder, JournalDamaged if a durable record is not as
         it was written, JournalFailed if an fsync fails, OSError if the disk cannot be used.
@@ -113,8 +126,12 @@ class Journal:
         _make_folder(files, folder)
         lock = files.lock(folder)
         try:
+            reserve = Reserve(files, folder, size=reserve_bytes, clock=clock)
+            reserve.for_a_boot()
             recovered = _recover_without_collections(files, folder, replay, clock)
-            appender = Appender(files, folder, recovered, segment_bytes=segment_bytes, clock=clock, observe=observe)
+            appender = Appender(
+                files, folder, recovered, reserve, segment_bytes=segment_bytes, clock=clock, observe=observe
+            )
         except SyncFailed as error:
             lock.release()
             observe.fsync_failed()
@@ -124,7 +141,7 @@ class Journal:
             raise
         if recovered.torn_bytes:
             observe.torn_tail(recovered.torn_bytes)
-        return cls(folder, files, lock, appender, recovered)
+        return cls(folder, files, lock, appender, recovered, frees)
 
     def raise_epoch(self, epoch: int) -> None:
         """Go on in a later epoch. Only before `start`; blocks. Raises ModelManagerError without room, JournalFailed."""
@@ -150,7 +167,7 @@ class Journal:
                 loop.call_soon_threadsafe(self._settle, outcome)
 
         self._on_durable = on_durable
-        self._writer = Writer(self._appender, report)
+        self._writer = Writer(self._appender, report, self._frees)
         self._writer.start()
 
     async def append(self, op: str, record: dict[str, Any]) -> Entry:
@@ -192,6 +209,8 @@ class Journal:
             raise ValueError(f"{op!r} belongs to the journal")
         payload = encode(op, record)
         self._accepting()
+        if self.full_since is not None and not self._frees(op, record):
+            raise disk_full()
         return payload
 
     def _submit(self, writer: Writer, pending: Pending) -> asyncio.Future[Entry]:
@@ -277,9 +296,27 @@ class Journal:
                 with contextlib.suppress(OSError):
                     self._files.unlink(self._folder / file)
 
+    async def free_up(self, size: int) -> int:
+        """Give up as much of the reserve as it takes for `size` bytes to be free, if it would do: how many are then.
+
+        Raises ModelManagerError ERR_SHUTTING_DOWN; JournalFailed.
+        """
+        return await asyncio.wrap_future(self._accepting().run(lambda appender: appender.reserve.free_up(size)))
+
+    async def discard(self, name: str) -> None:
+        """Remove what there is of a base that was to have this name; one that was adopted stays."""
+        if name not in self._appender.manifest.names:
+            await asyncio.to_thread(self._remove, [name, f"{name}.tmp", f"{index_name(name)}.tmp"])
+
     @property
     def folder(self) -> Path:
         return self._folder
+
+    @property
+    def full_since(self) -> float | None:
+        """When the disk was found full, in unix seconds; None while there is room. Until there is enough again, only
+        what frees room is appended."""
+        return self._appender.reserve.full_since
 
     @property
     def sealed_bytes(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -24,8 +25,10 @@ class FolderLock:
             holder = os.pread(self._fd, 256, 0).decode("utf-8", "replace").strip()
             os.close(self._fd)
             raise JournalLocked(holder) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        # Information only, and a full disk must not keep a worker from deleting.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def release(self) -> None:
         """Idempotent."""

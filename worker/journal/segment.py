@@ -119,6 +119,11 @@ class Segment:
             return np.arange(self.first, self.first + len(self._offsets), dtype=np.uint64)
         return np.frombuffer(self._sequences.tobytes(), np.uint64)
 
+    def sizes(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """How many bytes each of its lines has, in order."""
+        offsets = np.frombuffer(self._offsets.tobytes(), np.uint64)
+        return np.diff(offsets, append=np.uint64(self.size))
+
     def span(self, sequence: int) -> tuple[int, int] | None:
         """Where the line begins and ends; None if it is not among the lines."""
         size = self.size  # before the offsets, which are noted before it grows

@@ -10,6 +10,7 @@ from worker.journal.base_index import index_name
 from worker.journal.files import Files, sync_folder
 from worker.journal.lock import LOCK
 from worker.journal.manifest import MANIFEST, Manifest, is_base, segment_first, segment_name
+from worker.journal.reserve import RESERVE
 
 ASIDE = "aside"
 
@@ -24,7 +25,7 @@ def tidy(files: Files, folder: Path, manifest: Manifest, *, sequence: int, stand
     `folder` are durable once the caller has synced it.
     """
     names = files.list(folder)
-    known = {LOCK, MANIFEST, ASIDE, *manifest.names, segment_name(sequence + 1)}
+    known = {LOCK, MANIFEST, RESERVE, ASIDE, *manifest.names, segment_name(sequence + 1)}
     known |= {index_name(name) for name in manifest.names if is_base(name)}
     superseded: list[str] = []
     unknown: list[str] = []

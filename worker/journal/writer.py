@@ -12,7 +12,7 @@ from typing import Any
 
 from schemas.errors import ModelManagerError
 from worker.journal.appender import Appender
-from worker.journal.failures import JournalFailed
+from worker.journal.failures import JournalFailed, disk_full
 from worker.journal.format import Entry
 
 BATCH_LINES = 512
@@ -56,9 +56,15 @@ class Writer:
     which is its last report; what was handed over and not reported then comes back from `abandon`.
     """
 
-    def __init__(self, appender: Appender, report: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self,
+        appender: Appender,
+        report: Callable[[Outcome], None],
+        frees: Callable[[str, dict[str, Any]], bool],
+    ) -> None:
         self._appender = appender
         self._report = report
+        self._frees = frees
         self._queue: SimpleQueue[Pending | Errand | None] = SimpleQueue()
         # What has been taken and not reported.
         self._batch: list[Pending] = []
@@ -110,13 +116,15 @@ class Writer:
 
     def _work(self) -> None:
         self._appender.prepare()
+        self._appender.reserve.provide()
         self._rotate()
         stopping = False
         while not stopping:
             self._batch, errand, stopping = self._take()
             idle = not self._batch and errand is None
+            self._appender.reserve.look()
             if self._batch:
-                self._commit(self._batch)
+                self._commit()
                 self._batch = []
                 self._rotate()
             if errand is not None:
@@ -142,7 +150,8 @@ class Writer:
         batch: list[Pending] = []
         size = 0
         try:
-            item = self._queue.get(timeout=IDLE_SECONDS if self._appender.unproven else None)
+            waits_for_room = self._appender.reserve.full_since is not None
+            item = self._queue.get(timeout=IDLE_SECONDS if self._appender.unproven or waits_for_room else None)
             while isinstance(item, Pending):
                 batch.append(item)
                 size += len(item.payload)
@@ -153,16 +162,32 @@ class Writer:
             return batch, None, False
         return batch, item, item is None
 
-    def _commit(self, batch: list[Pending]) -> None:
+    def _commit(self) -> None:
+        """Without room, of what was taken only what frees some, with the help of the reserve."""
+        full = self._appender.reserve.full_since is not None
+        if full:
+            self._refuse_growth()
+        batch = self._batch
+        if not batch:
+            return
         try:
-            first, time_ms = self._appender.append([pending.payload for pending in batch])
+            first, time_ms = self._appender.append([pending.payload for pending in batch], at_any_cost=full)
         except ModelManagerError as error:
-            self._report(Outcome(batch, [], self._appender.sequence, error))
+            if self._appender.reserve.full_since is not None and not full:
+                self._commit()
+            else:
+                self._report(Outcome(batch, [], self._appender.sequence, error))
             return
         entries = [
             Entry(sequence, time_ms, pending.op, pending.record) for sequence, pending in enumerate(batch, first)
         ]
         self._report(Outcome(batch, entries, self._appender.sequence))
+
+    def _refuse_growth(self) -> None:
+        growth = [pending for pending in self._batch if not self._frees(pending.op, pending.record)]
+        self._batch = [pending for pending in self._batch if self._frees(pending.op, pending.record)]
+        if growth:
+            self._report(Outcome(growth, [], self._appender.sequence, disk_full()))
 
     def _rotate(self) -> None:
         if self._appender.rotate_if_due():

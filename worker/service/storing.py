@@ -9,6 +9,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import structlog
 
@@ -27,6 +28,7 @@ from worker.registry import Change, Registry
 from worker.replication.placement import place
 from worker.service.examining import Examining
 from worker.storage.blobstore import BlobInfo, BlobStore
+from worker.uploads.plan import FEW_FILES, check_fits
 from worker.uploads.sessions import UploadSessions
 from worker.validation.source import BytesSource
 
@@ -69,6 +71,7 @@ class Storing:
         described = [(file.path, len(file.data), file.sha256) for file in inline]
         existing = await self._look_existing(params.model_id, params.metadata, described)
         if existing is None:
+            self._check_fits(params, described, context)
             await self._examining.refuse(params.metadata.type, [(file.path, BytesSource(file.data)) for file in inline])
         with self._pins() as pins:
             if existing is None:
@@ -265,6 +268,16 @@ class Storing:
         if context.idempotency is not None:
             record["idem"] = context.idempotency
         return record
+
+    def _check_fits(self, params: StoreModel, described: Sequence[tuple[str, int, str]], context: Context) -> None:
+        """ERR_INVALID_REQUEST if the record would be too large, before there are bytes."""
+        if len(described) <= FEW_FILES:
+            return
+        key = self._store.new_key()
+        files = [_stored_file(path, size, sha256, key) for path, size, sha256 in described]
+        size = sum(file["size"] for file in files)
+        record = self._record(params.model_id, params.metadata, files, size, context, None)
+        check_fits("store", cast("dict[str, Any]", record))
 
     def _info(self, model_id: str, metadata: Metadata) -> BlobInfo:
         return BlobInfo(format=metadata.type, model=model_id, version=metadata.version, rack=self._policy.rack)

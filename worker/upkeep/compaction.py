@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import orjson
 import structlog
@@ -28,6 +29,20 @@ class CompactionFailed(Exception):
     """Nothing has changed; str() says why."""
 
 
+class NoRoomToCompact(CompactionFailed):
+    """Also all of the reserve would not do for what is live."""
+
+
+class CompactionObserver(Protocol):
+    """Calls are short and never raise."""
+
+    # A run is over: `ok`, `no_room` or `failed`.
+    def compaction_ended(self, result: str, seconds: float) -> None: ...
+
+    # A base with `bytes_after` stands for sealed files with `bytes_before`.
+    def compacted(self, bytes_before: int, bytes_after: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Compacted:
     """Bytes of the sealed files before, those of the base, and its records; how long it took."""
@@ -41,8 +56,16 @@ class Compacted:
 class Compaction:
     """Rewrites the sealed segments once they are as large as the base, and at least `min_bytes`."""
 
-    def __init__(self, registry: Registry, *, min_bytes: int = MIN_BYTES, period_s: float = _PERIOD_S) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        min_bytes: int = MIN_BYTES,
+        period_s: float = _PERIOD_S,
+        observe: CompactionObserver | None = None,
+    ) -> None:
         self._registry = registry
+        self._observe = observe
         self._min_bytes = min_bytes
         self._period_s = period_s
 
@@ -68,28 +91,69 @@ class Compaction:
 
     async def compact(self) -> Compacted:
         """Compact now. Raises CompactionFailed, ModelManagerError, JournalFailed."""
-        journal = self._registry.journal
         began = time.monotonic()
-        manifest = await journal.rotate()
-        before = sum(journal.sealed_bytes)
-        free = shutil.disk_usage(journal.folder).free
-        if free < before:
-            raise CompactionFailed(f"{free} bytes are free, and up to {before} are needed")
-        base = await _written(journal, base_name(manifest.generation + 1))
+        result = "failed"
         try:
+            before, base = await self._compact()
+            result = "ok"
+        except NoRoomToCompact:
+            result = "no_room"
+            raise
+        finally:
+            seconds = time.monotonic() - began
+            if self._observe is not None:
+                self._observe.compaction_ended(result, seconds)
+        if self._observe is not None:
+            self._observe.compacted(before, base.file.size)
+        return Compacted(before, base.file.size, base.file.lines - 2, round(seconds, 3))
+
+    async def _compact(self) -> tuple[int, Base]:
+        journal = self._registry.journal
+        try:
+            manifest = await journal.rotate()
+        except ModelManagerError as error:
+            raise _no_room(error) from None
+        before = sum(journal.sealed_bytes)
+        name = base_name(manifest.generation + 1)
+        try:
+            base = await _written(journal, name)
             await journal.adopt(base)
         except ValueError as error:
+            await journal.discard(name)
             raise CompactionFailed(str(error)) from None
-        return Compacted(before, base.file.size, base.file.lines - 2, round(time.monotonic() - began, 3))
+        except CompactionFailed:
+            await journal.discard(name)
+            raise
+        except ModelManagerError as error:
+            await journal.discard(name)
+            raise _no_room(error) from None
+        return before, base
+
+
+def _no_room(error: ModelManagerError) -> Exception:
+    return NoRoomToCompact(error.message) if error.code == "ERR_STORAGE_FULL" else error
 
 
 async def _written(journal: Journal, name: str) -> Base:
-    """What the compacting process wrote."""
+    """What the compacting process wrote, with the room of the reserve if it needs that."""
+    members = await _run(journal.folder, name)
+    if "needed" in members:
+        needed = members["needed"]
+        free = await journal.free_up(needed)
+        if free >= needed:
+            members = await _run(journal.folder, name)
+        if "needed" in members:
+            raise NoRoomToCompact(f"{free} bytes are free, and {members['needed']} are needed")
+    return Base(SealedFile(**members["file"]), members["stands_for"], members["changes_from"])
+
+
+async def _run(folder: Path, name: str) -> dict[str, Any]:
+    """What the compacting process says."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "worker.upkeep.compaction_child",
-        str(journal.folder),
+        str(folder),
         name,
         stdin=asyncio.subprocess.PIPE,  # held open: its end ends the process
         stdout=asyncio.subprocess.PIPE,
@@ -108,8 +172,7 @@ async def _written(journal: Journal, name: str) -> Base:
     if status != 0:
         reason = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise CompactionFailed(f"the compacting process ended with status {status}: {reason}")
-    members = orjson.loads(output)
-    return Base(SealedFile(**members["file"]), members["stands_for"], members["changes_from"])
+    return cast("dict[str, Any]", orjson.loads(output))
 
 
 async def compact_folder(folder: Path) -> Compacted:

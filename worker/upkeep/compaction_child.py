@@ -1,7 +1,8 @@
 """The process that compacts: it reads sealed files only, and writes a base and its index beside them.
 
 A process of its own, so that neither the interpreter's lock nor the memory of the fold is the owner's. The owner adopts
-what was written, or not; this process renames nothing. It prints one JSON object, and ends with its parent.
+what was written, or not; this process renames nothing. It prints one JSON object, what it wrote or how many bytes it
+would need, and ends with its parent.
 
     python -m worker.upkeep.compaction_child FOLDER BASE_NAME
 """
@@ -22,12 +23,25 @@ from worker.catalog.catalog import Catalog
 from worker.catalog.retention import retained
 from worker.catalog.snapshot import dump_catalog
 from worker.journal.base_index import index_name, write_index
-from worker.journal.compaction import Base, write_base
+from worker.journal.compaction import Base, kept_bytes, write_base
 from worker.journal.files import Files
 from worker.journal.replay import replay_base, replay_sealed
 from worker.registry import CatalogReplay
 
 _NICENESS = 10
+
+
+# Of the index, for each line of the base, and beside all lines: more than it has.
+_INDEX_BYTES = 256
+_AROUND_BYTES = 64 * 1024
+
+
+class NoRoom(Exception):
+    """The disk has not the `needed` bytes; nothing was written."""
+
+    def __init__(self, needed: int) -> None:
+        self.needed = needed
+        super().__init__(needed)
 
 
 class CompactionWrong(Exception):
@@ -37,13 +51,16 @@ class CompactionWrong(Exception):
 def compact(folder: Path, name: str, *, files: Files | None = None) -> Base:
     """Write `<name>.tmp`, a base that stands for the sealed files of the journal in `folder`, and its index.
 
-    Raises JournalDamaged, CompactionWrong, OSError, SyncFailed.
+    Raises NoRoom, JournalDamaged, CompactionWrong, OSError, SyncFailed.
     """
     disk = files or Files()
     catalog = _catalog()
     sealed = replay_sealed(disk, folder, CatalogReplay(catalog))
     catalog.settle()
     keep = retained(catalog)
+    needed = kept_bytes(sealed, keep.sequences) + _INDEX_BYTES * len(keep.sequences) + _AROUND_BYTES
+    if disk.free(folder) < needed:
+        raise NoRoom(needed)
     wanted = _summary(catalog)
     time_ms = catalog.time_ms
     del catalog  # the second fold needs the room
@@ -100,8 +117,11 @@ def main() -> None:
         os.nice(_NICENESS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder, name = sys.argv[1:]
-    base = compact(Path(folder), name)
-    sys.stdout.buffer.write(orjson.dumps(asdict(base)))
+    try:
+        result = asdict(compact(Path(folder), name))
+    except NoRoom as error:
+        result = {"needed": error.needed}
+    sys.stdout.buffer.write(orjson.dumps(result))
 
 
 if __name__ == "__main__":

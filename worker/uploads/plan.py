@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from schemas.errors import ModelManagerError
+from schemas.ids import MAX_METADATA_BYTES, hex_of
 from schemas.journal import PlannedFile
+from schemas.model import media_type
+from schemas.uploads import UploadFile
 from worker.catalog.entries import UploadEntry
+from worker.journal import check_record
 
 Progress = Callable[[str, int], None]
+
+# So many fit into any record, however long their paths are.
+FEW_FILES = 500
+# As long as what the records of an upload have in these places; stores differ in how they name a multipart upload.
+_KEY = "blobs/" + "0" * 26
+_MULTIPART = "0" * 128
+_SIZE = 2**53
+_REST = "0" * 8 * 1024
+_METADATA = "0" * MAX_METADATA_BYTES
 
 
 def advance(progress: Progress, before: int, seen: int) -> None:
     progress("bytes", before + seen)
+
+
+def check_fits(op: str, record: dict[str, Any]) -> None:
+    """ERR_INVALID_REQUEST if no line of the journal holds this record of a version's files."""
+    try:
+        check_record(op, record)
+    except ModelManagerError as error:
+        message = "The list of the files does not fit into one record: give them shorter paths, or pack them."
+        raise ModelManagerError("ERR_INVALID_REQUEST", message, **error.details) from None
+
+
+def check_plan(files: Sequence[UploadFile], *, in_parts: bool) -> None:
+    """As `check_fits` for all records of an upload of these files, up to the version with any metadata.
+
+    `in_parts`: they go to a store that takes them so.
+    """
+    if len(files) <= FEW_FILES:
+        return
+    begin, store = [], []
+    for file in files:
+        told = {"path": file.path, "size": _SIZE, "sha256": hex_of(file.sha256), "key": _KEY}
+        begin.append({**told, "multipart": _MULTIPART, "partSize": _SIZE} if in_parts else told)
+        store.append({**told, "mediaType": media_type(file.path)})
+    check_fits("upload.begin", {"files": begin, "rest": _REST})
+    check_fits("store", {"files": store, "metadata": _METADATA, "rest": _REST})
 
 
 def planned_file(upload: UploadEntry, path: str) -> PlannedFile:

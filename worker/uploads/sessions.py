@@ -38,7 +38,7 @@ from worker.journal import Entry
 from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore, DirectUploads, StoredBlob
-from worker.uploads.plan import Progress, advance, incomplete, part_count, planned_file
+from worker.uploads.plan import Progress, advance, check_plan, incomplete, part_count, planned_file
 
 _log = structlog.get_logger()
 _EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -67,6 +67,7 @@ class UploadSessions:
         twin = self._registry.catalog.case_twin(params.model_id)
         if twin is not None:
             raise ModelManagerError("ERR_CONFLICT", f"The model {twin} differs in case only.", modelId=twin)
+        check_plan(params.files, in_parts=self._store.direct_uploads is not None)
         upload_id = new_ulid()
         planned: list[PlannedFile] = []
         present: list[str] = []
