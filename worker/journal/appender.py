@@ -20,7 +20,7 @@ from worker.journal.base_index import index_name
 from worker.journal.compaction import Base
 from worker.journal.failures import JournalFailed
 from worker.journal.files import Files, SyncFailed, publish, sync, sync_folder, write_all
-from worker.journal.format import CONTROL_OPS, MARK, OPEN, SEAL, make_line
+from worker.journal.format import CONTROL_OPS, MARK, OPEN, SEAL, make_batch
 from worker.journal.observer import JournalObserver
 from worker.journal.replay import Recovered, open_line
 from worker.journal.segment import Digest, Segment
@@ -163,18 +163,13 @@ class Appender:
     def _write_batch(self, payloads: Sequence[bytes], op: str) -> int:
         segment = self.segments[-1]
         first, time_ms = self.sequence + 1, int(self._clock() * 1000)
-        crc = self._crc
-        lines: list[bytes] = []
-        for sequence, payload in enumerate(payloads, first):
-            line, crc = make_line(sequence, first, time_ms, payload, crc)
-            lines.append(line)
-        data = b"".join(lines)
+        data, lengths, crc = make_batch(first, time_ms, payloads, self._crc)
         self._write_durably(data, segment.size)
-        *offsets, end = accumulate(map(len, lines), initial=segment.size)
-        segment.note(offsets, range(first, first + len(lines)))
+        *offsets, end = accumulate(lengths, initial=segment.size)
+        segment.note(offsets, range(first, first + len(lengths)))
         segment.size = end
         self._crc, self._last_op = crc, op
-        self.sequence += len(lines)
+        self.sequence += len(lengths)
         self._digest.update(data)
         return time_ms
 
