@@ -199,7 +199,9 @@ class Registry:
         if pins:
             self.unpin(pins)
 
-    async def _transact_in_turn(self, scope: str, decide: Callable[[], Change | _T], pins: tuple[str, ...]) -> Entry | _T:
+    async def _transact_in_turn(
+        self, scope: str, decide: Callable[[], Change | _T], pins: tuple[str, ...]
+    ) -> Entry | _T:
         """The same for a write that waits: for its turn, for a record, or for room."""
         task = asyncio.create_task(self._transact(scope, decide))
         self.pin(pins)
