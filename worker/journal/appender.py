@@ -56,6 +56,7 @@ class Appender:
         self._clock = clock
         self.observe = observe
         self._digest = Digest()
+        self._unsummed: list[bytes] = []
         self._crc = recovered.crc
         self._last_op = recovered.last_op
         self._fd = files.open(folder / recovered.manifest.active, os.O_RDWR)
@@ -78,6 +79,13 @@ class Appender:
         except OSError as error:
             self.failure = f"the disk failed: {error.strerror}"
             raise JournalFailed(self.failure) from error
+
+    def sum_up(self) -> Digest:
+        """Of the active segment. Called after each batch too, once nobody waits for it any more: hashing takes time."""
+        for data in self._unsummed:
+            self._digest.update(data)
+        self._unsummed.clear()
+        return self._digest
 
     @property
     def unproven(self) -> bool:
@@ -170,7 +178,7 @@ class Appender:
         segment.size = end
         self._crc, self._last_op = crc, op
         self.sequence += len(lengths)
-        self._digest.update(data)
+        self._unsummed.append(data)
         return time_ms
 
     def _write_durably(self, data: bytes, offset: int) -> None:
@@ -193,7 +201,8 @@ class Appender:
 
     def _seal(self) -> None:
         if self._last_op != SEAL:
-            record = {"lines": self._digest.lines, "sha256": self._digest.sha256}
+            digest = self.sum_up()
+            record = {"lines": digest.lines, "sha256": digest.sha256}
             self._write_batch([b'"op":"seal","rec":%b' % orjson.dumps(record)], SEAL)
 
     def _open_next(self) -> None:
@@ -209,7 +218,7 @@ class Appender:
         )
         publish(self._files, self._folder, segment.name, line)
         fd = self._files.open(self._folder / segment.name, os.O_RDWR)
-        manifest = self.manifest.rotated(self._digest.sealed(sealed.name), segment.name)
+        manifest = self.manifest.rotated(self.sum_up().sealed(sealed.name), segment.name)
         try:
             manifest.publish(self._files, self._folder)
         except BaseException:

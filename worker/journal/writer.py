@@ -164,6 +164,7 @@ class Writer:
             Entry(sequence, time_ms, pending.op, pending.record) for sequence, pending in enumerate(batch, first)
         ]
         self._report(Outcome(batch, entries, self._appender.sequence))
+        self._appender.sum_up()
 
     def _rotate(self) -> None:
         if self._appender.rotate_if_due():
