@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -37,6 +38,7 @@ class Load:
 def measure(bench: Bench) -> Iterator[Table]:
     folder = bench.folder / "compacting"
     shutil.copytree(bench.registry, folder)
+    os.sync()  # what was copied is not written back while we measure
     idle, busy, compacted = asyncio.run(_measure(bench, Registry(folder)))
     table = Table(
         f"While {compacted[-1].records:,} records are compacted: {_WRITERS} writers and a reader, each with a pause"
