@@ -29,7 +29,7 @@ from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, Versio
 
 KEPT_MS = 7 * 24 * 3600 * 1000  # uploads and jobs, after they ended
 _KEPT_MOST = 10_000
-_CACHED_BYTES = 16 * 1024 * 1024  # of lines; their entries take some three times as much
+_CACHED_BYTES = 16 * 1024 * 1024  # of lines; their entries, with a reply each, take some five times as much
 
 
 class Records(Protocol):

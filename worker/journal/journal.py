@@ -151,7 +151,7 @@ class Journal:
         except BaseException:
             self._room.release(1, len(payload))
             raise
-        acknowledged = asyncio.get_running_loop().create_future()
+        acknowledged: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
         writer.submit(Pending(op, record, payload, since, acknowledged))
         return await acknowledged
 
