@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +80,9 @@ def read_written(files: Files, folder: Path, base: Base) -> Segment:
     Raises ValueError if it is not what `base` says, or its index does not check; OSError.
     """
     written = folder / f"{base.file.name}.tmp"
-    digest = Digest()
     with files.reader(written) as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-            time.sleep(_REST_S)
-    if digest.sealed(base.file.name) != base.file:
-        raise ValueError("the base that was written is not what was read back")
+        if Digest.of(stream, block_bytes=_READ_BYTES, rest_s=_REST_S).sealed(base.file.name) != base.file:
+            raise ValueError("the base that was written is not what was read back")
     index = read_index(files, folder / f"{index_name(base.file.name)}.tmp", base.file)
     if index is None:
         raise ValueError("the index that was written is not what was read back")
