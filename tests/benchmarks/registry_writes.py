@@ -7,7 +7,8 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import count
+from pathlib import Path
 
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.peers import SqliteWrites, Writes, appended
@@ -44,22 +45,18 @@ def measure(bench: Bench) -> Iterator[Table]:
         asyncio.Runner() as runner,
         redis_server(bench.services, bench.folder / "redis") as redis,
     ):
-        registry = Registry(bench.folder / "writes")
-        registry.open()
-        runner.run(_start(registry))
-        numbers = count(step=VERSIONS_PER_MODEL)
+        folders = (bench.folder / f"writes-{number}" for number in count())
         sqlite = SqliteWrites(bench.folder / "writes.sqlite")
         part = bench.pick(1, 0.3)
         for writers in SQLITE:
             contenders: dict[str, Callable[[], Writes]] = {
-                "registry": partial(_written, runner, registry, writers, int(_REGISTRY[writers] * part), numbers),
+                "registry": partial(_written, runner, folders, writers, int(_REGISTRY[writers] * part)),
                 "sqlite": partial(sqlite.write, min(writers, SQLITE_THREADS), int(_SQLITE * part)),
                 "append": partial(appended, bench.folder / "appended", line, part),
             }
             if redis is not None and writers == CONNECTIONS:
                 contenders["redis"] = partial(redis_writes, redis, int(_REDIS * part), len(line))
             _report(table, writers, best_of(bench.rounds, contenders, lambda writes: writes.per_second))
-        runner.run(registry.close())
         if redis is None:
             table.note("Redis was SKIPPED: redis-server and redis-benchmark are not installed")
     yield table
@@ -93,18 +90,17 @@ def _cells(writes: Writes) -> tuple[str, str, str]:
     return rate(writes.per_second), microseconds(writes.p50), microseconds(writes.p99)
 
 
-async def _start(registry: Registry) -> None:
-    registry.start()
-
-
-def _written(runner: asyncio.Runner, registry: Registry, writers: int, records: int, numbers: count[int]) -> Writes:
+def _written(runner: asyncio.Runner, folders: Iterator[Path], writers: int, records: int) -> Writes:
     # Made before the clock starts. Each of a model of its own: the writes of one model wait for each other, by design.
-    changes = [Change("store", store_record(number)) for number in islice(numbers, records)]
+    changes = [Change("store", store_record(number * VERSIONS_PER_MODEL)) for number in range(records)]
     gc.freeze()
+    registry = Registry(next(folders))
+    registry.open()
     return runner.run(_write(registry, writers, changes))
 
 
 async def _write(registry: Registry, writers: int, changes: list[Change]) -> Writes:
+    registry.start()
     latencies: list[float] = []
     left = iter(changes)
 
@@ -116,7 +112,9 @@ async def _write(registry: Registry, writers: int, changes: list[Change]) -> Wri
 
     began = time.perf_counter()
     await asyncio.gather(*(writer() for _ in range(writers)))
-    return Writes.of(latencies, time.perf_counter() - began)
+    writes = Writes.of(latencies, time.perf_counter() - began)
+    await registry.close()
+    return writes
 
 
 def _decided(change: Change) -> Change:
