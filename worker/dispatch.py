@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -112,7 +112,7 @@ class Dispatcher:
 
     async def _call(self, method: str, body: bytes | dict[str, Any], context: Context) -> dict[str, Any]:
         known = METHODS.get(method)
-        async with self._observed("unknown" if known is None else method, context):
+        with self._observed("unknown" if known is None else method, context):
             if known is None:
                 raise ModelManagerError("ERR_UNKNOWN_METHOD", f"There is no method {method[:64]!r}.")
             params = parse_params(known, parse_object(body) if isinstance(body, bytes) else body)
@@ -128,11 +128,12 @@ class Dispatcher:
         """
         known = METHODS[method]
         lane = self._transfers if known.lane == "write" else self._lanes["lookup"]
-        async with self._observed(method, context), self._admitted(known, context, lane):
-            yield
+        with self._observed(method, context):
+            async with self._admitted(known, context, lane):
+                yield
 
-    @contextlib.asynccontextmanager
-    async def _observed(self, method: str, context: Context) -> AsyncIterator[None]:
+    @contextlib.contextmanager
+    def _observed(self, method: str, context: Context) -> Iterator[None]:
         started = time.monotonic()
         code = "ERR_CANCELLED"
         self._observe.request_started(method)

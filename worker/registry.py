@@ -12,11 +12,11 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import structlog
 
 from schemas.errors import ModelManagerError
@@ -32,8 +32,7 @@ _T = TypeVar("_T")
 _UNOBSERVED = JournalObserver()
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True, gc=False):
     """A decision to write: the record's `op` and content."""
 
     op: str
@@ -44,20 +43,23 @@ class _Scopes:
     """One holder for each name in use, and who waits to be the next."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, deque[asyncio.Future[None]] | None] = {}
 
     def take(self, name: str) -> bool:
         """Hold the name, if it is free."""
         if name in self._waiting:
             return False
-        self._waiting[name] = deque()
+        self._waiting[name] = None  # mostly nobody ever waits
         return True
 
     async def wait(self, name: str) -> None:
         """Hold the name, when its turn has come. Not to be cancelled."""
         if not self.take(name):
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting[name].append(turn)
+            waiting = self._waiting[name]
+            if waiting is None:
+                waiting = self._waiting[name] = deque()
+            waiting.append(turn)
             await turn
 
     def release(self, name: str) -> None:
@@ -167,7 +169,7 @@ class Registry:
 
         `pins` are storage keys that must stay until this is over. The transaction outlives a cancelled caller.
         """
-        held = list(pins)
+        held = tuple(pins)
         if not self._scopes.take(scope):
             return await self._transact_in_turn(scope, decide, held)
         # The way of nearly all writes: decided, handed over and waited for with no task of its own.
@@ -200,11 +202,14 @@ class Registry:
         except JournalFailed:
             raise _outcome_unknown() from None
 
-    def _settled(self, scope: str, pins: list[str]) -> None:
+    def _settled(self, scope: str, pins: tuple[str, ...]) -> None:
         self._scopes.release(scope)
-        self.unpin(pins)
+        if pins:
+            self.unpin(pins)
 
-    async def _transact_in_turn(self, scope: str, decide: Callable[[], Change | _T], pins: list[str]) -> Entry | _T:
+    async def _transact_in_turn(
+        self, scope: str, decide: Callable[[], Change | _T], pins: tuple[str, ...]
+    ) -> Entry | _T:
         """The same for a write that waits: for its turn, for a record, or for room."""
         task = asyncio.create_task(self._transact(scope, decide))
         self.pin(pins)

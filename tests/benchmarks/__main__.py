@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deploy.local import NotStarted, Unavailable
-from tests.benchmarks import boot, lookups, memory, registry_writes, rpc, s3_transfers, transfers
+from tests.benchmarks import boot, compacting, lookups, memory, registry_writes, rpc, s3_transfers, transfers
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.services import Services
 from tests.benchmarks.table import Judged, Table, Verdict
@@ -20,6 +20,7 @@ SUBJECTS: dict[str, Callable[[Bench], Iterator[Table]]] = {
     "writes": registry_writes.measure,
     "boot": boot.measure,
     "lookups": lookups.measure,
+    "compacting": compacting.measure,
     "disk": transfers.measure,
     "rpc": rpc.measure,
     "s3": s3_transfers.measure,

@@ -65,6 +65,9 @@ def _lookups(bench: Bench, registry: Registry, connection: sqlite3.Connection) -
         entry = resolved(model, version)
         return entry.described(catalog.aliases_of(entry))
 
+    def encoded(model: str, version: str) -> object:
+        return orjson.dumps(described(model, version))
+
     def selected(model: str, version: str) -> object:
         query = "SELECT body FROM versions WHERE model = ? AND version = ?"
         return orjson.loads(connection.execute(query, (model, version)).fetchone()[0])
@@ -82,6 +85,7 @@ def _lookups(bench: Bench, registry: Registry, connection: sqlite3.Connection) -
         {
             "resolve": lambda: _seconds_each(resolved, keys),
             "described": lambda: _seconds_each(described, keys),
+            "encoded": lambda: _seconds_each(encoded, keys),
             "sqlite": lambda: _seconds_each(selected, keys),
         },
         lambda seconds: -seconds,
@@ -94,6 +98,8 @@ def _lookups(bench: Bench, registry: Registry, connection: sqlite3.Connection) -
     table.add("catalog: the entry", microseconds(best["resolve"]), times(ratio), value=ratio, target=LOOKUP)
     ratio = best["sqlite"] / best["described"]
     table.add("catalog: the whole reply", microseconds(best["described"]), times(ratio), value=ratio, target=LOOKUP)
+    ratio = best["sqlite"] / best["encoded"]
+    table.add("catalog: the whole reply, encoded", microseconds(best["encoded"]), times(ratio))
     return table
 
 

@@ -1,145 +1,121 @@
-"""Durable writes to the registry, inside the process, beside SQLite with one row a commit."""
+"""Durable writes to the registry, inside the process, beside SQLite, Redis and the disk itself."""
 
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-import threading
+import gc
 import time
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
 
-import orjson
-
 from tests.benchmarks.bench import Bench
-from tests.benchmarks.records import VERSIONS_PER_MODEL, key_of, store_record
-from tests.benchmarks.rounds import best_of, percentile
-from tests.benchmarks.table import Table, Target, microseconds, rate, times
+from tests.benchmarks.peers import SqliteWrites, Writes, appended
+from tests.benchmarks.records import VERSIONS_PER_MODEL, store_record
+from tests.benchmarks.redis_writes import CONNECTIONS, redis_server, redis_writes
+from tests.benchmarks.rounds import best_of
+from tests.benchmarks.table import Table, Target, microseconds, milliseconds, rate, times
+from worker.journal.format import encode, make_line
 from worker.registry import Change, Registry
 
 # SQLite has one writer at a time: more threads than these only wait for its lock.
 SQLITE_THREADS = 8
-TARGETS = {1: Target(0.7, 1.0), 64: Target(12, 20), 512: Target(20, 30)}
-
-
-@dataclass(frozen=True, slots=True)
-class Writes:
-    """`latencies` in seconds, one for each acknowledged write."""
-
-    seconds: float
-    latencies: list[float]
-
-    @property
-    def per_second(self) -> float:
-        return len(self.latencies) / self.seconds
+SQLITE = {1: Target(0.7, 1.0), 64: Target(12, 20), 512: Target(20, 30)}
+REDIS = Target(2, 3)
+SYNCS = Target(8, 6, at_most=True)  # p99 of 64 writers, in fdatasyncs of one line
+P99_OF_512 = Target(10, 5, " ms", at_most=True)
+# Writes a round, which take about a second.
+_REGISTRY = {1: 6_000, 64: 80_000, 512: 100_000}
+_SQLITE = 8_000
+_REDIS = 30_000
 
 
 def measure(bench: Bench) -> Iterator[Table]:
     table = Table(
-        "Durable registry writes a second, in process: transact (journal, fsync, catalog) beside SQLite",
-        ["concurrent", "registry", "p50 us", "p99 us", "SQLite", "p50 us", "p99 us", "ratio"],
+        "Durable registry writes a second, in process: transact (journal, fsync, catalog) beside its peers",
+        ["concurrent", "a second", "p50 us", "p99 us", "registry's ratio"],
         f"SQLite: WAL, synchronous=FULL, one row a commit, a connection a thread, at most {SQLITE_THREADS} threads",
+        "append + fdatasync: one thread, a file that grows. SQLite overwrites its log in place, so that its sync need",
+        "not commit the file's new size: it may be faster than this, and a lone writer of a log that grows never is",
+        f"Redis: appendfsync always, redis-benchmark with {CONNECTIONS} connections, values of a line's size",
     )
-    seconds = bench.pick(1.5, 0.5)
-    with asyncio.Runner() as runner:
-        registry = Registry(bench.folder / "writes")
-        registry.open()
-        runner.run(_start(registry))
-        numbers = count()
-        rows = count()
-        database = bench.folder / "writes.sqlite"
-        _make_database(database)
-        for writers, target in TARGETS.items():
-            best = best_of(
-                bench.rounds,
-                {
-                    "registry": partial(_written, runner, registry, writers, seconds, numbers),
-                    "sqlite": partial(_insert, database, min(writers, SQLITE_THREADS), seconds, rows),
-                },
-                lambda writes: writes.per_second,
-            )
-            ratio = best["registry"].per_second / best["sqlite"].per_second
-            table.add(
-                str(writers),
-                *_cells(best["registry"]),
-                *_cells(best["sqlite"]),
-                times(ratio),
-                value=ratio,
-                target=target,
-                judged_as=f"{writers} concurrent",
-            )
-        runner.run(registry.close())
+    line, _ = make_line(1, 1, 0, encode("store", dict(store_record(1_000_000))), 0)
+    with (
+        asyncio.Runner() as runner,
+        redis_server(bench.services, bench.folder / "redis") as redis,
+    ):
+        folders = (bench.folder / f"writes-{number}" for number in count())
+        sqlite = SqliteWrites(bench.folder / "writes.sqlite")
+        part = bench.pick(1, 0.3)
+        for writers in SQLITE:
+            contenders: dict[str, Callable[[], Writes]] = {
+                "registry": partial(_written, runner, folders, writers, int(_REGISTRY[writers] * part)),
+                "sqlite": partial(sqlite.write, min(writers, SQLITE_THREADS), int(_SQLITE * part)),
+                "append": partial(appended, bench.folder / "appended", line, part),
+            }
+            if redis is not None and writers == CONNECTIONS:
+                contenders["redis"] = partial(redis_writes, redis, int(_REDIS * part), len(line))
+            _report(table, writers, best_of(bench.rounds, contenders, lambda writes: writes.per_second))
+        if redis is None:
+            table.note("Redis was SKIPPED: redis-server and redis-benchmark are not installed")
     yield table
 
 
+def _report(table: Table, writers: int, best: dict[str, Writes]) -> None:
+    registry, one_sync = best["registry"], best["append"].p50
+    table.add(f"{writers}, registry", *_cells(registry))
+    _add_peer(table, writers, "SQLite", best["sqlite"], registry, SQLITE[writers])
+    _add_peer(table, writers, "append + fdatasync", best["append"], registry)
+    if "redis" in best:
+        _add_peer(table, writers, "Redis", best["redis"], registry, REDIS)
+    syncs = registry.p99 / one_sync
+    if writers == 64:
+        cells = ("64, p99 of the registry, in appends", "", "", "", times(syncs))
+        table.add(*cells, value=syncs, target=SYNCS, judged_as="64 concurrent: p99, in syncs")
+    if writers == 512:
+        cells = ("512, p99 of the registry", "", "", "", milliseconds(registry.p99))
+        table.add(*cells, value=registry.p99 * 1000, target=P99_OF_512, judged_as="512 concurrent: p99")
+
+
+def _add_peer(
+    table: Table, writers: int, who: str, peer: Writes, registry: Writes, target: Target | None = None
+) -> None:
+    ratio = registry.per_second / peer.per_second
+    cells = (f"{writers}, {who}", *_cells(peer), times(ratio))
+    table.add(*cells, value=ratio, target=target, judged_as=f"{writers} concurrent, against {who}")
+
+
 def _cells(writes: Writes) -> tuple[str, str, str]:
-    return (
-        rate(writes.per_second),
-        microseconds(percentile(writes.latencies, 0.5)),
-        microseconds(percentile(writes.latencies, 0.99)),
-    )
+    return rate(writes.per_second), microseconds(writes.p50), microseconds(writes.p99)
 
 
-async def _start(registry: Registry) -> None:
+def _written(runner: asyncio.Runner, folders: Iterator[Path], writers: int, records: int) -> Writes:
+    # Made before the clock starts. Each of a model of its own: the writes of one model wait for each other, by design.
+    changes = [Change("store", store_record(number * VERSIONS_PER_MODEL)) for number in range(records)]
+    gc.freeze()
+    registry = Registry(next(folders))
+    registry.open()
+    return runner.run(_write(registry, writers, changes))
+
+
+async def _write(registry: Registry, writers: int, changes: list[Change]) -> Writes:
     registry.start()
-
-
-def _written(runner: asyncio.Runner, registry: Registry, writers: int, seconds: float, numbers: count[int]) -> Writes:
-    return runner.run(_write(registry, writers, seconds, numbers))
-
-
-async def _write(registry: Registry, writers: int, seconds: float, numbers: count[int]) -> Writes:
     latencies: list[float] = []
-    began = time.perf_counter()
-    end = began + seconds
+    left = iter(changes)
 
     async def writer() -> None:
-        while (now := time.perf_counter()) < end:
-            # Each writes to a model of its own: the writes of one model wait for each other, by design.
-            change = Change("store", store_record(next(numbers) * VERSIONS_PER_MODEL))
+        for change in left:
+            now = time.perf_counter()
             await registry.transact(change.record["model"], partial(_decided, change))
             latencies.append(time.perf_counter() - now)
 
+    began = time.perf_counter()
     await asyncio.gather(*(writer() for _ in range(writers)))
-    return Writes(time.perf_counter() - began, latencies)
+    writes = Writes.of(latencies, time.perf_counter() - began)
+    await registry.close()
+    return writes
 
 
 def _decided(change: Change) -> Change:
     return change
-
-
-def _connect(database: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(database, timeout=60, isolation_level=None)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    return connection
-
-
-def _make_database(database: Path) -> None:
-    with closing(_connect(database)) as connection:
-        connection.execute("CREATE TABLE versions (model TEXT, version TEXT, body BLOB, PRIMARY KEY (model, version))")
-
-
-def _insert(database: Path, threads: int, seconds: float, rows: count[int]) -> Writes:
-    latencies: list[float] = []
-    began = time.perf_counter()
-    end = began + seconds
-
-    def writer() -> None:
-        with closing(_connect(database)) as connection:
-            while (now := time.perf_counter()) < end:
-                number = next(rows)
-                body = orjson.dumps(store_record(number))
-                connection.execute("INSERT INTO versions VALUES (?, ?, ?)", (*key_of(number), body))
-                latencies.append(time.perf_counter() - now)
-
-    running = [threading.Thread(target=writer) for _ in range(threads)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    return Writes(time.perf_counter() - began, latencies)

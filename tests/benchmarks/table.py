@@ -55,7 +55,11 @@ class Table:
         self.judged: list[Judged] = []
         self._columns = [*columns, "design"]
         self._rows: list[list[str]] = []
-        self._notes = notes
+        self._notes = list(notes)
+
+    def note(self, text: str) -> None:
+        """One more line below the table."""
+        self._notes.append(text)
 
     def add(
         self, *cells: str, value: float | None = None, target: Target | None = None, judged_as: str | None = None

@@ -15,6 +15,7 @@ from worker.journal.appender import Appender
 from worker.journal.compaction import read_written
 from worker.journal.format import encode
 from worker.journal.replay import recover
+from worker.journal.reserve import Reserve
 
 SECTOR_BYTES = 512
 
@@ -89,7 +90,10 @@ class Specimen:
 def _fill(folder: Path, batches: Sequence[int], text: str, closed: bool) -> None:
     files = Files()
     recovered = recover(files, folder, lambda _: None, time.time)
-    appender = Appender(files, folder, recovered, segment_bytes=2**40, clock=time.time, observe=JournalObserver())
+    reserve = Reserve(files, folder, size=0, clock=time.time)
+    appender = Appender(
+        files, folder, recovered, reserve, segment_bytes=2**40, clock=time.time, observe=JournalObserver()
+    )
     appender.prepare()
     n = 0
     for part in range(3):

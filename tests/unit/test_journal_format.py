@@ -18,6 +18,7 @@ from worker.journal.format import (
     checks,
     encode,
     line_decoder,
+    make_batch,
     make_line,
     stored_batch,
     stored_crc,
@@ -147,3 +148,12 @@ def test_a_last_newline_that_turned_into_another_byte_is_damage(byte: bytes) -> 
     seed = stored_crc(lines[0]) or 0
     assert judge(lines[1][:-1] + byte, offset=len(lines[0]), sequence=2, crc=seed) is not None
     assert judge(lines[1][:-1], offset=len(lines[0]), sequence=2, crc=seed) is None
+
+
+def test_a_batch_is_its_lines_one_after_the_other() -> None:
+    payloads = [encode("put", {"n": n, "text": "x" * n}) for n in range(5)]
+    lines, crc = [], 0x1234
+    for sequence, payload in enumerate(payloads, 98):
+        line, crc = make_line(sequence, 98, 1790000000000, payload, crc)
+        lines.append(line)
+    assert make_batch(98, 1790000000000, payloads, 0x1234) == (b"".join(lines), [len(line) for line in lines], crc)

@@ -84,6 +84,15 @@ class BlobIndex:
             return False
         return any(self._known.has_row(row) for row in self._by_key.rows_of(int(_key_hashes([key])[0])))
 
+    def _settled_among(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys that `_settled_uses` is true of."""
+        hashes = self._by_key.hashes
+        if not len(hashes) or not keys:
+            return set()
+        wanted = _key_hashes(keys)
+        places = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
+        return {keys[at] for at in np.flatnonzero(hashes[places] == wanted).tolist() if self._settled_uses(keys[at])}
+
     # --- folding a replay ---
 
     def replay(self, first: int, versions: Sequence[Sequence[IndexedFile]]) -> None:
@@ -141,23 +150,27 @@ class BlobIndex:
 
     # --- folding what comes after ---
 
-    def use(self, files: Iterable[StoredFile]) -> None:
+    def use(self, files: Sequence[StoredFile]) -> None:
         """Count a use of each file's blob, whose bytes are there and verified."""
-        for file in files:
-            key, sha256 = file["key"], file["sha256"]
-            if key not in self._content:
-                if not self._settled_uses(key):
+        content, key_of = self._content, self._key_of
+        keys = [file["key"] for file in files]
+        settled = self._settled_among([key for key in keys if key not in content])
+        for key, file in zip(keys, files, strict=True):
+            sha256, size = file["sha256"], file["size"]
+            if key not in content:
+                if key not in settled:
                     self._count += 1
-                    self.bytes += file["size"]
-                self._content[key] = (sha256, file["size"])
-            self.hold([key])
-            self._key_of.setdefault(sha256, key)
+                    self.bytes += size
+                content[key] = (sha256, size)
+            key_of.setdefault(sha256, key)
+        self.hold(keys)
 
-    def hold(self, keys: Iterable[str]) -> None:
+    def hold(self, keys: Sequence[str]) -> None:
         """Count a use of each key, whether its bytes are there or still to come."""
+        uses = self._uses
         for key in keys:
-            self._uses[key] = self._uses.get(key, 0) + 1
-            self._unneeded.discard(key)
+            uses[key] = uses.get(key, 0) + 1
+        self._unneeded.difference_update(keys)
 
     def release(self, keys: Iterable[str]) -> None:
         """Take back a use of each key that `use` or `hold` counted."""

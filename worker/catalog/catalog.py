@@ -29,7 +29,7 @@ from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, Versio
 
 KEPT_MS = 7 * 24 * 3600 * 1000  # uploads and jobs, after they ended
 _KEPT_MOST = 10_000
-_CACHED_BYTES = 16 * 1024 * 1024  # of lines; their entries take some three times as much
+_CACHED_BYTES = 16 * 1024 * 1024  # of lines; their entries, with a reply each, take some five times as much
 
 
 class Records(Protocol):
@@ -184,7 +184,8 @@ class Catalog:
                 self._store(stores)
                 stores = []
                 self._apply[entry.op](entry.record, entry.sequence, entry.time_ms)
-            self.time_ms = max(self.time_ms, entry.time_ms)
+            if entry.time_ms > self.time_ms:
+                self.time_ms = entry.time_ms
             idem = entry.record.get("idem")
             if idem is not None:
                 request = RememberedRequest(idem["hash"], entry.sequence, entry.time_ms)
@@ -246,12 +247,13 @@ class Catalog:
 
     def _store(self, entries: list[AppendedEntry]) -> None:
         first = len(self.table)
-        self._add([indexed(entry.record) for entry in entries], [entry.sequence for entry in entries])
-        for row, entry in enumerate(entries, first):
-            record = entry.record
-            self.blobs.use(record["files"])
+        records = [entry.record for entry in entries]
+        self._add([indexed(record) for record in records], [entry.sequence for entry in entries])
+        self.blobs.use([file for record in records for file in record["files"]])
+        for row, record in enumerate(records, first):
             self._tag(row, record["metadata"])
             if "upload" in record:
+                entry = entries[row - first]
                 self._upload_stored(record["upload"], entry.sequence, entry.time_ms)
 
     def _update(self, record: Any, sequence: int, time_ms: int) -> None:

@@ -45,6 +45,7 @@ class VersionEntry:
     quarantined: bool = False
     deleted_at: int | None = None
     restorable_until: int | None = None
+    _description: MetadataReply | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -93,6 +94,16 @@ class VersionEntry:
         }
 
     def described(self, aliases: list[str]) -> MetadataReply:
+        """The reply about this version. What is in it is shared with other replies, and is not to be changed."""
+        description = self._description
+        if description is None:
+            description = self._describe()
+            object.__setattr__(self, "_description", description)  # made once: all of it but the aliases is final
+        reply = description.copy()
+        reply["aliases"] = aliases
+        return reply
+
+    def _describe(self) -> MetadataReply:
         return {
             "success": True,
             "modelId": self.model,
@@ -102,7 +113,7 @@ class VersionEntry:
             "checksum": digest_of(self.checksum),
             "size": self.size,
             "files": self.file_views(),
-            "aliases": aliases,
+            "aliases": [],
             "replicas": list(self.replicas),
             "state": self.state,
             "createdAt": timestamp(self.created),

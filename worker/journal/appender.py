@@ -23,7 +23,7 @@ from worker.journal.base_index import index_name
 from worker.journal.compaction import Base
 from worker.journal.failures import JournalFailed
 from worker.journal.files import Files, SyncFailed, publish, sync, sync_folder, write_all
-from worker.journal.format import CONTROL_OPS, MARK, OPEN, SEAL, make_line
+from worker.journal.format import CONTROL_OPS, MARK, OPEN, SEAL, make_batch
 from worker.journal.manifest import SealedFile
 from worker.journal.observer import JournalObserver
 from worker.journal.replay import Recovered, open_line
@@ -65,6 +65,7 @@ class Appender:
         self.observe = observe
         self.reserve = reserve
         self._digest = Digest()
+        self._unsummed: list[bytes] = []
         self._crc = recovered.crc
         self._last_op = recovered.last_op
         self._fd = files.open(folder / recovered.manifest.active, os.O_RDWR)
@@ -87,6 +88,13 @@ class Appender:
         except OSError as error:
             self.failure = f"the disk failed: {error.strerror}"
             raise JournalFailed(self.failure) from error
+
+    def sum_up(self) -> Digest:
+        """Of the active segment. Called after each batch too, once nobody waits for it any more: hashing takes time."""
+        for data in self._unsummed:
+            self._digest.update(data)
+        self._unsummed.clear()
+        return self._digest
 
     @property
     def unproven(self) -> bool:
@@ -191,19 +199,14 @@ class Appender:
     def _write_batch(self, payloads: Sequence[bytes], op: str) -> int:
         segment = self.segments[-1]
         first, time_ms = self.sequence + 1, int(self._clock() * 1000)
-        crc = self._crc
-        lines: list[bytes] = []
-        for sequence, payload in enumerate(payloads, first):
-            line, crc = make_line(sequence, first, time_ms, payload, crc)
-            lines.append(line)
-        data = b"".join(lines)
+        data, lengths, crc = make_batch(first, time_ms, payloads, self._crc)
         self._write_durably(data, segment.size)
-        *offsets, end = accumulate(map(len, lines), initial=segment.size)
-        segment.note(offsets, range(first, first + len(lines)))
+        *offsets, end = accumulate(lengths, initial=segment.size)
+        segment.note(offsets, range(first, first + len(lengths)))
         segment.size = end
         self._crc, self._last_op = crc, op
-        self.sequence += len(lines)
-        self._digest.update(data)
+        self.sequence += len(lengths)
+        self._unsummed.append(data)
         return time_ms
 
     def _write_durably(self, data: bytes, offset: int) -> None:
@@ -226,7 +229,8 @@ class Appender:
 
     def _seal(self) -> None:
         if self._last_op != SEAL:
-            record = {"lines": self._digest.lines, "sha256": self._digest.sha256}
+            digest = self.sum_up()
+            record = {"lines": digest.lines, "sha256": digest.sha256}
             self._write_batch([b'"op":"seal","rec":%b' % orjson.dumps(record)], SEAL)
 
     def _open_next(self) -> None:
@@ -242,7 +246,7 @@ class Appender:
         )
         publish(self._files, self._folder, segment.name, line)
         fd = self._files.open(self._folder / segment.name, os.O_RDWR)
-        manifest = self.manifest.rotated(self._digest.sealed(sealed.name), segment.name)
+        manifest = self.manifest.rotated(self.sum_up().sealed(sealed.name), segment.name)
         try:
             manifest.publish(self._files, self._folder)
         except BaseException:

@@ -22,7 +22,7 @@ from worker.journal.format import checks, close
 from worker.journal.manifest import SealedFile
 
 INDEX_VERSION = 1
-_BLOCK_BYTES = 1024 * 1024
+_BLOCK_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)

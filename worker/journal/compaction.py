@@ -19,7 +19,10 @@ from worker.journal.manifest import SealedFile
 from worker.journal.replay import Sealed
 from worker.journal.segment import Digest, Segment
 
-_SYNC_BYTES = 1024 * 1024
+_SYNC_BYTES = 256 * 1024
+# Of reading it again: short turns, with rests between them that leave the interpreter and a processor to the owner.
+_READ_BYTES = 256 * 1024
+_REST_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ def read_written(files: Files, folder: Path, base: Base) -> Segment:
     """
     written = folder / f"{base.file.name}.tmp"
     with files.reader(written) as stream:
-        if Digest.of(stream).sealed(base.file.name) != base.file:
+        if Digest.of(stream, block_bytes=_READ_BYTES, rest_s=_REST_S).sealed(base.file.name) != base.file:
             raise ValueError("the base that was written is not what was read back")
     index = read_index(files, folder / f"{index_name(base.file.name)}.tmp", base.file)
     if index is None:

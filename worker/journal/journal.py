@@ -87,7 +87,6 @@ class Journal:
         self._observe = appender.observe
         self._head = appender.sequence
         self._room = Room(lines=QUEUE_LINES, size=QUEUE_BYTES)
-        self._queued = 0
         self._writer: Writer | None = None
         self._on_durable: Callable[[Sequence[Entry]], None] = lambda _: None
         self._failure: str | None = None
@@ -182,6 +181,7 @@ class Journal:
         JournalFailed when the journal has stopped: the outcome is unknown.
         """
         since = time.perf_counter()
+        self._accepting()
         payload = self._encode(op, record)
         await self._room.acquire(len(payload))
         try:
@@ -190,7 +190,9 @@ class Journal:
         except BaseException:
             self._room.release(1, len(payload))
             raise
-        return await self._submit(writer, Pending(op, record, payload, since, self._future()))
+        acknowledged: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
+        writer.submit(Pending(op, record, payload, since, acknowledged))
+        return await acknowledged
 
     def submit(self, op: str, record: dict[str, Any], settled: Callable[[], None]) -> asyncio.Future[Entry] | None:
         """As `append`, but at once; None if it would have to wait for room, and nothing is appended then.
@@ -198,29 +200,21 @@ class Journal:
         `settled` is called on the loop as soon as the outcome is known, also when the future was cancelled.
         """
         since = time.perf_counter()
-        payload = self._encode(op, record)
         writer = self._accepting()
+        payload = self._encode(op, record)
         if not self._room.try_acquire(len(payload)):
             return None
-        return self._submit(writer, Pending(op, record, payload, since, self._future(), settled))
+        acknowledged: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
+        writer.submit(Pending(op, record, payload, since, acknowledged, settled))
+        return acknowledged
 
     def _encode(self, op: str, record: dict[str, Any]) -> bytes:
         if op in CONTROL_OPS:
             raise ValueError(f"{op!r} belongs to the journal")
         payload = encode(op, record)
-        self._accepting()
         if self.full_since is not None and not self._frees(op, record):
             raise disk_full()
         return payload
-
-    def _submit(self, writer: Writer, pending: Pending) -> asyncio.Future[Entry]:
-        self._queued += 1
-        writer.submit(pending)
-        return pending.acknowledged
-
-    @staticmethod
-    def _future() -> asyncio.Future[Entry]:
-        return asyncio.get_running_loop().create_future()
 
     def read(self, after: int, limit: int) -> list[Entry]:
         """The first `limit` (1 or more) business records with a sequence above `after`, up to `head`, in order. Blocks.
@@ -362,7 +356,7 @@ class Journal:
             records=sum(segment.records for segment in segments),
             head=self._head,
             generation=self._appender.manifest.generation,
-            queued=self._queued,
+            queued=self._room.taken,
             fsync_failures=self._appender.fsync_failures,
             torn_bytes=self._torn_bytes,
         )
@@ -408,13 +402,14 @@ class Journal:
         self._acknowledge(outcome)
 
     def _acknowledge(self, outcome: Outcome) -> None:
-        now = time.perf_counter()
+        now, observe = time.perf_counter(), self._observe.append_seconds
         for pending, entry in zip(outcome.batch, outcome.entries, strict=True):
-            if not pending.acknowledged.done():
-                pending.acknowledged.set_result(entry)
-            if pending.settled is not None:
-                pending.settled()
-            self._observe.append_seconds(now - pending.since)
+            acknowledged, settled = pending.acknowledged, pending.settled
+            if not acknowledged.done():
+                acknowledged.set_result(entry)
+            if settled is not None:
+                settled()
+            observe(now - pending.since)
         self._make_room(outcome.batch)
 
     def _reject(self, batch: list[Pending], error: Exception) -> None:
@@ -426,8 +421,7 @@ class Journal:
         self._make_room(batch)
 
     def _make_room(self, batch: list[Pending]) -> None:
-        self._queued -= len(batch)
-        self._room.release(len(batch), sum(len(pending.payload) for pending in batch))
+        self._room.release(len(batch), sum([len(pending.payload) for pending in batch]))
 
     def _stop(self, failure: str) -> None:
         """Write and acknowledge nothing from here on."""

@@ -10,15 +10,21 @@ class Room:
     """Places for records that wait to become durable. The record that goes over the bytes is still let in."""
 
     def __init__(self, *, lines: int, size: int) -> None:
-        self._lines_free = lines
+        self._lines = self._lines_free = lines
         self._bytes_free = size
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
+    @property
+    def taken(self) -> int:
+        """How many places are taken."""
+        return self._lines - self._lines_free
+
     def try_acquire(self, size: int) -> bool:
         """Take a place for one record of `size` bytes if there is one now."""
-        if self._waiting or not self._is_free():
+        if self._waiting or self._lines_free <= 0 or self._bytes_free <= 0:
             return False
-        self._grant(size)
+        self._lines_free -= 1
+        self._bytes_free -= size
         return True
 
     async def acquire(self, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -58,10 +59,13 @@ class Digest:
         return self._sha256.hexdigest()
 
     @classmethod
-    def of(cls, stream: BinaryIO) -> Digest:
+    def of(cls, stream: BinaryIO, *, block_bytes: int = _BLOCK_BYTES, rest_s: float = 0) -> Digest:
+        """Of the rest of `stream`, read in blocks with a rest after each."""
         digest = cls()
-        while block := stream.read(_BLOCK_BYTES):
+        while block := stream.read(block_bytes):
             digest.update(block)
+            if rest_s:
+                time.sleep(rest_s)
         return digest
 
     def sealed(self, name: str) -> SealedFile:

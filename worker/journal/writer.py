@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import msgspec
+
 from schemas.errors import ModelManagerError
 from worker.journal.appender import Appender
 from worker.journal.failures import JournalFailed, disk_full
@@ -20,8 +22,7 @@ BATCH_BYTES = 1024 * 1024
 IDLE_SECONDS = 1.0
 
 
-@dataclass(slots=True, eq=False)
-class Pending:
+class Pending(msgspec.Struct, eq=False):
     """A record on its way; `since` is when it was handed over (perf_counter). `settled` is called on the loop once its
     outcome is known, whether anybody waits for `acknowledged` or not."""
 
@@ -182,6 +183,7 @@ class Writer:
             Entry(sequence, time_ms, pending.op, pending.record) for sequence, pending in enumerate(batch, first)
         ]
         self._report(Outcome(batch, entries, self._appender.sequence))
+        self._appender.sum_up()
 
     def _refuse_growth(self) -> None:
         growth = [pending for pending in self._batch if not self._frees(pending.op, pending.record)]
