@@ -9,9 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.crash.disk import Disk
+from tests.crash.life import boot
 from tests.crash.stage import FOLDER, Over, Scenario, Stage, Violation
+from worker.journal import verify
+from worker.journal.backup import backup
+from worker.journal.files import SyncFailed
 
 _NOTE = b"left by an operator"
+_FIRST, _SECOND = FOLDER.with_name("backup-1"), FOLDER.with_name("backup-2")
 
 
 def first_creation(stage: Stage) -> None:
@@ -110,6 +115,26 @@ def no_room(stage: Stage) -> None:
         stage.put(2)
 
 
+def backing_up(stage: Stage) -> None:
+    """Of an owner that was killed, and beside one that lives: all that was acknowledged."""
+    with stage.life(segment_bytes=700, killed=True):
+        stage.put(3)
+        stage.compact()
+        stage.put(3)
+        stage.put(2)
+    _back_up(stage, _FIRST)
+    with stage.life(killed=True):
+        stage.put(1)
+        _back_up(stage, _SECOND)
+
+
+def _back_up(stage: Stage, destination: Path) -> None:
+    try:
+        backup(FOLDER, destination, files=stage.disk, patience_s=0)
+    except (OSError, SyncFailed) as error:
+        raise Over from error
+
+
 def unknown_file(stage: Stage) -> None:
     disk = stage.disk
     disk.mkdir(FOLDER.parent)
@@ -135,6 +160,18 @@ def failing(name: str, number: int) -> Callable[[str], None]:
     return fail
 
 
+def backups_are_whole(disk: Disk) -> None:
+    """If it is there, it has what had been acknowledged, and boots."""
+    for destination, count in ((_FIRST, 8), (_SECOND, 9)):
+        if not disk.is_dir(destination):
+            continue
+        if (damage := verify(destination, files=disk).damage) is not None:
+            raise Violation(f"verify finds {damage} in the backup")
+        found = [entry.record["n"] for entry in boot(destination, disk.copy())]
+        if found != list(range(1, count + 1)):
+            raise Violation(f"{found} is in the backup")
+
+
 def note_is_kept(disk: Disk) -> None:
     aside = FOLDER / "aside"
     places = [FOLDER / "note.txt", *(aside / name for name in (disk.list(aside) if disk.is_dir(aside) else []))]
@@ -155,5 +192,6 @@ SCENARIOS = (
     Scenario("torn tail", torn_tail),
     Scenario("failed sync", failed_sync),
     Scenario("no room", no_room),
+    Scenario("backup", backing_up, intact=backups_are_whole),
     Scenario("unknown file", unknown_file, intact=note_is_kept),
 )
