@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from schemas.errors import ModelManagerError
 from worker.cli.loading import Form, Rack, RegistryPath, loaded_settings, started
-from worker.cli.output import Format, pairs
+from worker.cli.output import Format, pairs, size_text
 
 if TYPE_CHECKING:
     from worker.settings import Settings
@@ -75,6 +77,71 @@ def compact_journal(
     out.result({"success": True, **facts}, lambda: pairs(facts))
 
 
+@journal.command("stats")
+def show_stats(
+    ctx: typer.Context, registry_path: RegistryPath = None, rack: Rack = None, output: Form = Format.TABLE
+) -> None:
+    """Tell what the journal is made of, from its first and last lines; nothing is read through."""
+    from schemas.wire import timestamp
+    from worker.journal.overview import overview
+
+    out = started(ctx, output)
+    with _refusals():
+        found = overview(loaded_settings(out, rack=rack, registry_path=registry_path).settings.registry.path)
+    written = None if found.written_ms is None else timestamp(found.written_ms)
+    facts = {
+        "registryId": found.registry_id,
+        "epoch": found.epoch,
+        "generation": found.generation,
+        "head": found.head,
+        "changesFrom": found.changes_from,
+        "lastWritten": written,
+        "inUse": found.owned,
+    }
+    document = {
+        **facts,
+        "base": asdict(found.base),
+        "segments": asdict(found.segments),
+        "compactableBytes": found.compactable_bytes,
+    }
+
+    def lines() -> Iterator[str]:
+        parts = {"base": found.base, "segments": found.segments}
+        texts = {name: f"{part.count} with {size_text(part.bytes)}, {part.lines} lines" for name, part in parts.items()}
+        shown = {**facts, "lastWritten": written or "never", "inUse": "yes" if found.owned else "no"}
+        return pairs({**shown, **texts, "compactable": size_text(found.compactable_bytes)})
+
+    out.result(document, lines)
+
+
+@journal.command("backup")
+def backup_journal(
+    ctx: typer.Context,
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A folder that is not there yet.")],
+    registry_path: RegistryPath = None,
+    rack: Rack = None,
+    output: Form = Format.TABLE,
+) -> None:
+    """Copy the journal to a new folder, verified; a worker may be running. DEST is complete, or not there."""
+    from worker.journal.backup import backup
+
+    out = started(ctx, output)
+    folder = loaded_settings(out, rack=rack, registry_path=registry_path).settings.registry.path
+    with _refusals(in_use="Another backup goes to the same place."), out.progress() as report:
+        done = backup(folder, destination.absolute(), progress=partial(report, "copied"))
+    facts = {
+        "registryId": done.registry_id,
+        "epoch": done.epoch,
+        "generation": done.generation,
+        "files": done.files,
+        "records": done.records,
+        "bytes": done.bytes,
+        "head": done.head,
+        "leftOutBytes": done.left_out_bytes,
+    }
+    out.result({"success": True, **facts}, lambda: pairs(facts))
+
+
 def journal_report(settings: Settings) -> dict[str, Any]:
     """What `verify` finds. Raises ModelManagerError if that cannot even begin."""
     from worker.journal import verify
@@ -92,6 +159,7 @@ def damaged(damage: dict[str, Any]) -> ModelManagerError:
 def _refusals(*, in_use: str = "") -> Iterator[None]:
     """What a journal refuses with, as errors of the command line; `in_use` says what to do about a worker that runs."""
     from worker.journal import JournalDamaged, JournalLocked
+    from worker.journal.files import SyncFailed
 
     try:
         yield
@@ -99,6 +167,9 @@ def _refusals(*, in_use: str = "") -> Iterator[None]:
         raise ModelManagerError("ERR_CONFLICT", f"The journal is in use: {locked}. {in_use}".strip()) from None
     except JournalDamaged as error:
         raise ModelManagerError("ERR_CHECKSUM_MISMATCH", str(error), hint="") from None
+    except SyncFailed as error:
+        text = f"An fsync failed, so it is not known what the disk holds: {error}."
+        raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", text, hint="") from None
     except FileNotFoundError:
         raise _no_journal() from None
 
