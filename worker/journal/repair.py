@@ -167,11 +167,13 @@ class _Survey:
     def _order(self) -> list[str]:
         """The files that count, in order: those of MANIFEST and newer ones; without it, what their names tell."""
         segments = [name for name in self.names if not is_base(name)]
-        if self.manifest is not None:
-            active = segment_first(self.manifest.active) or 0
-            return [*self.manifest.names, *(name for name in segments if (segment_first(name) or 0) > active)]
-        # A base has its name only once it is complete, and the last one stands for the segments before it.
         bases = [name for name in self.names if is_base(name)]
+        if self.manifest is not None:
+            named = self.manifest.names
+            if set(named) <= set(self.names) or not set(bases) - set(named):
+                active = segment_first(self.manifest.active) or 0
+                return [*named, *(name for name in segments if (segment_first(name) or 0) > active)]
+        # A base has its name only once it is complete, and the last one stands for the segments before it.
         if not bases:
             return segments
         base = self._salvaged(bases[-1], None, None, is_active=False)
@@ -184,10 +186,10 @@ class _Survey:
             until = None if following is None else (segment_first(following) or 1) - 1
             if name in self.names:
                 file = self._salvaged(name, crc, until, is_active=following is None)
+                if self._is_of_another(file):
+                    file = _nothing_of(name, until)
             else:
-                file = SalvagedFile(name)
-                first = 1 if is_base(name) else file.sequence + 1
-                file.stretches.append(Stretch(name, 0, 0, first, first if until is None else until))
+                file = _nothing_of(name, until)
             self.salvaged.append(file)
             crc = int(file.opened["replaces"]["crc"], 16) if is_base(name) and file.opened else file.crc
 
@@ -197,6 +199,12 @@ class _Survey:
                 return salvage(stream, name, crc=crc, until=until, is_active=is_active)
         except UnknownFormat as error:
             raise JournalBeyondRepair(str(error)) from None
+
+    def _is_of_another(self, file: SalvagedFile) -> bool:
+        """Whether it is of another registry than MANIFEST."""
+        if self.manifest is None or file.opened is None:
+            return False
+        return bool(file.opened["registryId"] != self.manifest.registry_id)
 
     def _identity(self, opened: list[dict[str, Any]]) -> tuple[str, int]:
         if self.manifest is not None:
@@ -223,6 +231,14 @@ class _Survey:
                     last -= 1
                 if first <= last:
                     yield Lost(first, last)
+
+
+def _nothing_of(name: str, until: int | None) -> SalvagedFile:
+    """A file that is not there, or does not belong there."""
+    file = SalvagedFile(name)
+    first = 1 if is_base(name) else file.sequence + 1
+    file.stretches.append(Stretch(name, 0, 0, first, first if until is None else until))
+    return file
 
 
 class _Repair:
@@ -267,7 +283,9 @@ class _Repair:
         """The registry under its next epoch, without files."""
         survey = self._survey
         bases = [int(name.removeprefix("base-").removesuffix(".jsonl")) for name in survey.names if is_base(name)]
-        generation = max(0 if survey.manifest is None else survey.manifest.generation, *bases, len(survey.names)) + 1
+        # Without MANIFEST: each of these files has raised it by one, since the last base got its name from it.
+        known = len(survey.names) if survey.manifest is None else survey.manifest.generation
+        generation = max(known, max(bases, default=0) + len(survey.names)) + 1
         return Manifest(survey.registry_id, survey.epoch + 1, generation, (), segment_name(survey.head + 1))
 
     def _place(self) -> Place:
