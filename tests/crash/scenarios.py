@@ -142,13 +142,11 @@ def repairing(stage: Stage) -> None:
     """A byte of a sealed segment has changed in a `mark`, so that no record is lost with it."""
     with stage.life():
         stage.put(2)
-        stage.compact()
-        stage.put(3)
     with stage.life(segment_bytes=300):
-        stage.put(3)
+        stage.put(1)
     disk = stage.disk
     name = next(
-        name for name in read_manifest(disk, FOLDER).names[1:-1] if b'"op":"mark"' in disk.reader(FOLDER / name).read()
+        name for name in read_manifest(disk, FOLDER).names[:-1] if b'"op":"mark"' in disk.reader(FOLDER / name).read()
     )
     data = disk.reader(FOLDER / name).read()
     fd = disk.open(FOLDER / name, os.O_RDWR)
