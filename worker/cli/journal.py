@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,9 +15,10 @@ import typer
 
 from schemas.errors import ModelManagerError
 from worker.cli.loading import Form, Rack, RegistryPath, loaded_settings, started
-from worker.cli.output import Format, pairs, size_text
+from worker.cli.output import Format, Output, pairs, plain, size_text
 
 if TYPE_CHECKING:
+    from worker.journal.repair import RepairReport
     from worker.settings import Settings
 
 journal = typer.Typer(help="The journal; a worker may be running.", no_args_is_help=True)
@@ -140,6 +142,86 @@ def backup_journal(
         "leftOutBytes": done.left_out_bytes,
     }
     out.result({"success": True, **facts}, lambda: pairs(facts))
+
+
+@journal.command("repair")
+def repair_journal(
+    ctx: typer.Context,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Go on without what is damaged, in a new epoch.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    registry_path: RegistryPath = None,
+    rack: Rack = None,
+    output: Form = Format.TABLE,
+) -> None:
+    """List what a damaged journal has lost; with --accept-loss make a journal of the rest.
+
+    No worker may be running. Without --accept-loss nothing is changed, and the exit status is 5 if there is damage.
+    """
+    from worker.journal.repair import JournalBeyondRepair, repair
+
+    out = started(ctx, output)
+    folder = loaded_settings(out, rack=rack, registry_path=registry_path).settings.registry.path
+    try:
+        with _refusals(in_use="Stop the worker first."):
+            report = repair(folder, accept_loss=False)
+            if accept_loss and report.damage is not None:
+                _confirm(out, report, yes=yes)
+                report = repair(folder, accept_loss=True)
+    except JournalBeyondRepair as error:
+        text = f"The journal cannot be repaired: {error}. Nothing was changed."
+        hint = "put back a backup, or rebuild from the archive"
+        raise ModelManagerError("ERR_CHECKSUM_MISMATCH", text, hint=hint) from None
+    out.result(_repair_document(report), lambda: _repair_lines(report))
+    if report.damage is not None and not report.repaired:
+        raise damaged(asdict(report.damage))
+
+
+def _confirm(out: Output, report: RepairReport, *, yes: bool) -> None:
+    if yes:
+        return
+    what = f"This gives up {_lost_text(report)}, and the worker then removes the bytes of models that only those name."
+    if not sys.stdin.isatty():
+        raise ModelManagerError("ERR_INVALID_REQUEST", what, hint="say --yes")
+    for line in _repair_lines(report):
+        out.remark(line)
+    if not typer.confirm(f"{what} Go on?", err=True):
+        raise ModelManagerError("ERR_INVALID_REQUEST", "Nothing was changed.")
+
+
+def _repair_document(report: RepairReport) -> dict[str, Any]:
+    return {
+        "success": report.damage is None or report.repaired,
+        "registryId": report.registry_id,
+        "epoch": report.epoch,
+        "head": report.head,
+        "records": report.records,
+        "damage": None if report.damage is None else asdict(report.damage),
+        "stretches": [asdict(stretch) for stretch in report.stretches],
+        "lost": [asdict(lost) for lost in report.lost],
+        "repaired": report.repaired,
+        "kept": report.kept,
+    }
+
+
+def _repair_lines(report: RepairReport) -> Iterator[str]:
+    if report.damage is None:
+        yield "the journal is sound; nothing was changed"
+        return
+    for stretch in report.stretches:
+        what = f"{stretch.bytes} bytes do not check" if stretch.bytes else "lines are missing"
+        yield plain(f"{stretch.path} at byte {stretch.offset}: {what}")
+    for lost in report.lost:
+        yield f"lost: sequence {lost.first}" + (f" to {lost.last}" if lost.last > lost.first else "")
+    yield f"{_lost_text(report)} lost, {report.records} records still check"
+    if report.kept is not None:
+        yield f"repaired: epoch {report.epoch}; the files as they were are in {report.kept}"
+
+
+def _lost_text(report: RepairReport) -> str:
+    count = sum(lost.last - lost.first + 1 for lost in report.lost)
+    return f"at most {count} records" if count else "no record"
 
 
 def journal_report(settings: Settings) -> dict[str, Any]:
