@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -11,10 +12,13 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from tests.crash.life import compact
+from tests.crash.disk import Disk
+from tests.crash.life import Life, boot, compact
+from tests.crash.stage import FOLDER
 from worker.journal import Entry, Files, Journal, JournalDamaged, JournalLocked, dump, verify
 from worker.journal.backup import backup
 from worker.journal.lock import FolderLock
+from worker.journal.manifest import read_manifest
 
 ROUNDS = 40
 
@@ -247,3 +251,19 @@ async def test_the_progress_goes_up_to_all_bytes(tmp_path: Path) -> None:
     report = backup(tmp_path / "registry", tmp_path / "backup", progress=lambda *far: seen.append(far))
     assert seen[-1] == (report.bytes, report.bytes)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_a_backup_that_was_made_survives_a_power_cut() -> None:
+    disk = Disk()
+    life = Life(FOLDER, disk)
+    life.put([{"n": n} for n in range(3)])
+    life.close()
+    active = FOLDER / read_manifest(disk, FOLDER).active
+    disk.pwrite(disk.open(active, os.O_RDWR), b"torn", len(disk.reader(active).read()))
+    destination = FOLDER.with_name("backup")
+    backup(FOLDER, destination, files=disk)
+    left = disk.after_cut(())
+    report = verify(destination, files=left)
+    assert (report.damage, report.torn_bytes) == (None, 0)
+    found = boot(destination, left)
+    assert [entry.record["n"] for entry in found] == [0, 1, 2]

@@ -24,6 +24,7 @@ TESTS = (
     "tests/faults/test_journal_repair.py",
     "tests/contract/test_journal.py",
     "tests/contract/test_journal_backup.py",
+    "tests/contract/test_journal_overview.py",
     "tests/contract/test_compaction.py",
     "tests/unit/test_journal_format.py",
 )

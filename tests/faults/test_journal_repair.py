@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.contract.test_compaction import History, append, opened, view
+from tests.crash.disk import Disk
 from tests.crash.life import Life, boot
+from tests.crash.stage import FOLDER
 from worker.journal import Entry, Files, Journal, JournalDamaged, JournalLocked, verify
 from worker.journal.lock import FolderLock
 from worker.journal.manifest import read_manifest
@@ -351,3 +354,16 @@ def test_records_whose_predecessors_are_lost_do_not_break_the_catalog(folder: Pa
         await registry.close()
 
     asyncio.run(go_on())
+
+
+def test_a_repair_that_was_made_survives_a_power_cut() -> None:
+    disk = Disk()
+    life = Life(FOLDER, disk)
+    life.put([{"n": n} for n in range(4)])
+    life.close()
+    name = read_manifest(disk, FOLDER).active
+    fd = disk.open(FOLDER / name, os.O_RDWR)
+    disk.pwrite(fd, b"?", disk.reader(FOLDER / name).read().index(b'{"n":1}'))
+    disk.fdatasync(fd)
+    assert repair(FOLDER, accept_loss=True, files=disk).repaired
+    assert [entry.record["n"] for entry in boot(FOLDER, disk.after_cut(()))] == [0, 2, 3]

@@ -116,7 +116,6 @@ def _copied(files: Files, folder: Path, copy: Path, progress: Progress, patience
             if copying.generation == seen:
                 raise
             seen = copying.generation
-    sync_folder(files, copy)
     found = verify(copy, files=files)
     if found.damage is not None:
         place = found.damage
@@ -180,7 +179,7 @@ class _Copying:
             end, left_out = self._copy_active(active, crc)
         if newer and (name := newer_segment(self._files, self._folder, manifest, end.sequence, end.op)):
             raise _damaged(name, STALE_MANIFEST)
-        manifest.publish(self._files, self._copy)
+        manifest.publish(self._files, self._copy)  # and with it all names
         return left_out
 
     def _opened(self, name: str) -> BinaryIO:

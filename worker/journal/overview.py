@@ -52,14 +52,14 @@ def overview(folder: Path, *, files: Files = _DISK) -> Overview:
     """Raises FileNotFoundError if there is no MANIFEST, JournalDamaged if what is looked at is damaged or missing."""
     seen: int | None = None
     while True:
-        manifest = read_manifest(files, folder)
+        look = _Look(files, folder)
         try:
-            return _Look(files, folder).overview()
+            return look.overview()
         except JournalDamaged:
             # The owner may have replaced the files under our eyes.
-            if manifest.generation == seen:
+            if look.generation == seen:
                 raise
-            seen = manifest.generation
+            seen = look.generation
 
 
 class _Look:
@@ -67,6 +67,7 @@ class _Look:
         self._files = files
         self._folder = folder
         self._manifest = read_manifest(files, folder)
+        self.generation = self._manifest.generation
 
     def overview(self) -> Overview:
         manifest = self._manifest

@@ -264,8 +264,7 @@ class _Repair:
         manifest.publish(files, folder)
         for name in self._old:
             if name != MANIFEST:
-                files.unlink(folder / name)
-        sync_folder(files, folder)
+                files.unlink(folder / name)  # or the next boot does, as the base stands for them
         return manifest, kept
 
     def _keep(self) -> str:
@@ -275,8 +274,8 @@ class _Repair:
         files.mkdir(folder / kept)
         for name in self._old:
             files.link(folder / name, folder / kept / name)
+        # Its own name becomes durable with that of the segment.
         sync_folder(files, folder / kept)
-        sync_folder(files, folder)
         return kept
 
     def _begin(self) -> Manifest:
