@@ -228,6 +228,10 @@ class Disk(Files):
             self._locked.add(node)
         return DiskLock(self._locked, node)
 
+    def owned(self, folder: Path) -> bool:
+        with self._guard:
+            return self._find(folder) in self._locked
+
     def mkdir(self, folder: Path) -> None:
         self.before("mkdir")
         with self._guard:
@@ -329,6 +333,20 @@ class Disk(Files):
         with self._guard:
             self._file(path)
             self._name((self._folder(path.parent), path.name, None))
+
+    def link(self, old: Path, new: Path) -> None:
+        self.before("link")
+        with self._guard:
+            if self._find(new) is not None:
+                raise _error(errno.EEXIST)
+            self._name((self._folder(new.parent), new.name, self._file(old)))
+
+    def rmdir(self, folder: Path) -> None:
+        self.before("rmdir")
+        with self._guard:
+            if self._folder(folder).cache:
+                raise _error(errno.ENOTEMPTY)
+            self._name((self._folder(folder.parent), folder.name, None))
 
     # --- within ---
 

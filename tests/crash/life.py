@@ -28,11 +28,24 @@ def boot(folder: Path, files: Files) -> list[Entry]:
     return found
 
 
+async def compact(journal: Journal, files: Files) -> None:
+    """Rewrite the sealed files with every record they have, step by step as a compaction does."""
+    folder = journal.folder
+    manifest = await journal.rotate()
+    name = base_name(manifest.generation + 1)
+    sequences: list[int] = []
+    sealed = replay_sealed(files, folder, EachEntry(lambda entry: sequences.append(entry.sequence)))
+    keep = np.array(sequences, np.uint64)
+    base = write_base(files, folder, name, sealed, keep, changes_from=0, time_ms=0)
+    segment = replay_base(files, folder / f"{name}.tmp", EachEntry(lambda entry: None))
+    write_index(files, folder / f"{index_name(name)}.tmp", base.file, segment.dumped())
+    await journal.adopt(base)
+
+
 class Life:
     """From a boot to `close`. Each record is `put` and answered before the next call."""
 
     def __init__(self, folder: Path, files: Files, *, segment_bytes: int = SEGMENT_BYTES) -> None:
-        self._folder = folder
         self._files = files
         self.found: list[Entry] = []
         self.journal = Journal.open(
@@ -70,21 +83,7 @@ class Life:
         return self._runner.run(all_of_them())
 
     def compact(self) -> None:
-        """Rewrite the sealed files with every record they have, step by step as a compaction does."""
-        folder, files = self._folder, self._files
-
-        async def compacting() -> None:
-            manifest = await self.journal.rotate()
-            name = base_name(manifest.generation + 1)
-            sequences: list[int] = []
-            sealed = replay_sealed(files, folder, EachEntry(lambda entry: sequences.append(entry.sequence)))
-            keep = np.array(sequences, np.uint64)
-            base = write_base(files, folder, name, sealed, keep, changes_from=0, time_ms=0)
-            segment = replay_base(files, folder / f"{name}.tmp", EachEntry(lambda entry: None))
-            write_index(files, folder / f"{index_name(name)}.tmp", base.file, segment.dumped())
-            await self.journal.adopt(base)
-
-        self._runner.run(compacting())
+        self._runner.run(compact(self.journal, self._files))
 
     def catch_up(self) -> None:
         """Called on the writer's thread: wait until everything it has reported so far was answered."""

@@ -21,7 +21,10 @@ TESTS = (
     "tests/faults/test_journal_crashes.py",
     "tests/faults/test_journal_damage.py",
     "tests/faults/test_journal_disk.py",
+    "tests/faults/test_journal_repair.py",
     "tests/contract/test_journal.py",
+    "tests/contract/test_journal_backup.py",
+    "tests/contract/test_journal_overview.py",
     "tests/contract/test_compaction.py",
     "tests/unit/test_journal_format.py",
 )

@@ -9,9 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.crash.disk import Disk
+from tests.crash.life import boot
 from tests.crash.stage import FOLDER, Over, Scenario, Stage, Violation
+from worker.journal import JournalDamaged, verify
+from worker.journal.backup import backup
+from worker.journal.files import SyncFailed
+from worker.journal.manifest import read_manifest
+from worker.journal.repair import repair
 
 _NOTE = b"left by an operator"
+_SPOILED = b'"op":"?ark"'
+_FIRST, _SECOND = FOLDER.with_name("backup-1"), FOLDER.with_name("backup-2")
 
 
 def first_creation(stage: Stage) -> None:
@@ -139,6 +147,48 @@ def full_disk(stage: Stage) -> None:
         stage.put(2)
 
 
+def backing_up(stage: Stage) -> None:
+    """Of an owner that was killed, and beside one that lives: all that was acknowledged."""
+    with stage.life(segment_bytes=700, killed=True):
+        stage.put(3)
+        stage.compact()
+        stage.put(3)
+        stage.put(2)
+    _back_up(stage, _FIRST)
+    with stage.life(killed=True):
+        stage.put(1)
+        _back_up(stage, _SECOND)
+
+
+def _back_up(stage: Stage, destination: Path) -> None:
+    try:
+        backup(FOLDER, destination, files=stage.disk, patience_s=0)
+    except (OSError, SyncFailed) as error:
+        raise Over from error
+
+
+def repairing(stage: Stage) -> None:
+    """A byte of a sealed segment has changed in a `mark`, so that no record is lost with it."""
+    with stage.life():
+        stage.put(2)
+    with stage.life(segment_bytes=300):
+        stage.put(1)
+    disk = stage.disk
+    name = next(
+        name for name in read_manifest(disk, FOLDER).names[:-1] if b'"op":"mark"' in disk.reader(FOLDER / name).read()
+    )
+    data = disk.reader(FOLDER / name).read()
+    fd = disk.open(FOLDER / name, os.O_RDWR)
+    disk.pwrite(fd, _SPOILED, data.index(b'"op":"mark"'))
+    disk.fdatasync(fd)
+    disk.close(fd)
+    stage.moments.clear()
+    try:
+        repair(FOLDER, accept_loss=True, files=disk, clock=lambda: 0.0)
+    except (OSError, SyncFailed) as error:
+        raise Over from error
+
+
 def unknown_file(stage: Stage) -> None:
     disk = stage.disk
     disk.mkdir(FOLDER.parent)
@@ -164,6 +214,33 @@ def failing(name: str, number: int) -> Callable[[str], None]:
     return fail
 
 
+def backups_are_whole(disk: Disk) -> None:
+    """If it is there, it has what had been acknowledged, and boots."""
+    for destination, count in ((_FIRST, 8), (_SECOND, 9)):
+        if not disk.is_dir(destination):
+            continue
+        if (damage := verify(destination, files=disk).damage) is not None:
+            raise Violation(f"verify finds {damage} in the backup")
+        found = [entry.record["n"] for entry in boot(destination, disk.copy())]
+        if found != list(range(1, count + 1)):
+            raise Violation(f"{found} is in the backup")
+
+
+def repair_if_refused(disk: Disk) -> None:
+    """Without its repair, or with half of it, the journal refuses; else it has been repaired."""
+    try:
+        boot(FOLDER, disk.copy())
+    except JournalDamaged:
+        repair(FOLDER, accept_loss=True, files=disk, clock=lambda: 0.0)
+
+
+def damaged_bytes_are_kept(disk: Disk) -> None:
+    folders = [FOLDER, *(FOLDER / name for name in disk.list(FOLDER) if disk.is_dir(FOLDER / name))]
+    files = [folder / name for folder in folders for name in disk.list(folder) if not disk.is_dir(folder / name)]
+    if not any(_SPOILED in disk.reader(path).read() for path in files):
+        raise Violation("the damaged file is gone")
+
+
 def note_is_kept(disk: Disk) -> None:
     aside = FOLDER / "aside"
     places = [FOLDER / "note.txt", *(aside / name for name in (disk.list(aside) if disk.is_dir(aside) else []))]
@@ -185,5 +262,7 @@ SCENARIOS = (
     Scenario("failed sync", failed_sync),
     Scenario("no room", no_room),
     Scenario("full disk", full_disk),
+    Scenario("backup", backing_up, intact=backups_are_whole),
+    Scenario("repair", repairing, intact=damaged_bytes_are_kept, mend=repair_if_refused),
     Scenario("unknown file", unknown_file, intact=note_is_kept),
 )

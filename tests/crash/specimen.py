@@ -107,8 +107,8 @@ def _fill(folder: Path, batches: Sequence[int], text: str, closed: bool) -> None
             appender.rotate()
         if part == 0:
             base = rewrite(files, folder, base_name(appender.manifest.generation + 1))
-            for name in appender.adopt(base, read_written(files, folder, base)):
-                files.unlink(folder / name)
+            for file in appender.adopt(base, read_written(files, folder, base)):
+                files.unlink(folder / file.name)
     if closed:
         appender.mark()
     appender.close()

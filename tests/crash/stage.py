@@ -55,13 +55,15 @@ class Promise:
 class Scenario:
     """What a worker does with its journal. `play` leaves it in the midst of things, or closed.
 
-    `fold` makes of records the state that must survive. `intact` looks for what else must, and raises Violation.
+    `fold` makes of records the state that must survive. `intact` looks for what else must, and raises Violation. `mend`
+    is what an operator does before each boot.
     """
 
     name: str
     play: Callable[[Stage], None]
     fold: Fold = in_order
     intact: Callable[[Disk], None] = field(default=lambda disk: None)
+    mend: Callable[[Disk], None] = field(default=lambda disk: None)
 
 
 @dataclass(frozen=True, slots=True)

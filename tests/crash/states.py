@@ -118,6 +118,7 @@ class Examination:
 
     def _boot(self, disk: Disk, promise: Promise) -> Promise:
         self.counts.boots += 1
+        self._scenario.mend(disk)
         found = boot(FOLDER, disk)
         promise.check(found, self._scenario.fold)
         self._scenario.intact(disk)

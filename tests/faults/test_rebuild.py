@@ -197,6 +197,37 @@ def test_a_rebuild_goes_back_to_a_point_in_time(processes: Processes, rack: Rack
     assert again.stop() == 0
 
 
+def test_a_backup_is_restored_to_its_end_or_to_a_point_in_a_new_epoch(processes: Processes) -> None:
+    rack = Rack({}, {})
+    service = rack.start(processes).until_ready()
+    for name in ("first", "second"):
+        assert service.put(name, name.encode()).status == 201
+    status, backup, errors = rack.command(processes.folder, "journal", "backup", "copy")
+    assert status == 0, errors
+    assert service.put("third", b"third").status == 201
+    status, _, errors = rack.command(processes.folder, "journal", "restore", "copy", "--yes")
+    assert (status, json.loads(errors)["error"]["code"]) == (4, "ERR_CONFLICT"), "a worker runs on it"
+    assert service.stop() == 0
+    shutil.move(processes.folder / "data/registry", processes.folder / "old")
+
+    status, done, errors = rack.command(processes.folder, "journal", "restore", "copy", "--yes")
+    assert status == 0, errors
+    assert (done["records"], done["epoch"], done["sequence"]) == (2, 2, backup["head"])
+    again = rack.start(processes).until_ready()
+    assert listed(again) == {"first", "second"}
+    assert again.stop() == 0
+    assert rack.start(processes, registry_path="old").status(30) == EXIT_CONFIG_INVALID
+
+    shutil.rmtree(processes.folder / "data/registry")
+    restore = ("journal", "restore", "copy", "--yes", "--to-sequence")
+    status, done, errors = rack.command(processes.folder, *restore, "2")
+    assert status == 0, errors
+    assert (done["records"], done["epoch"]) == (1, 3)
+    again = rack.start(processes).until_ready()
+    assert listed(again) == {"first"}
+    assert again.stop() == 0
+
+
 def test_a_rebuild_over_a_registry_with_records_is_refused(processes: Processes) -> None:
     rack = Rack({}, {})
     service = rack.start(processes).until_ready()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -285,6 +286,14 @@ def test_a_running_worker_keeps_its_journal_and_a_stopped_ones_is_compacted(tmp_
     assert run("journal", "verify", folder=tmp_path).status == 0
 
 
+def test_a_journal_without_records_has_nothing_to_compact(tmp_path: Path) -> None:
+    process, _ = started(tmp_path, "serve")
+    assert stopped(process) == 0
+    ran = run("journal", "compact", "-o", "json", folder=tmp_path)
+    assert (ran.status, ran.document["records"]) == (0, 0)
+    assert run("journal", "verify", folder=tmp_path).status == 0
+
+
 def test_a_damaged_journal_is_told_with_status_5(tmp_path: Path) -> None:
     process, _ = started(tmp_path, "serve")
     assert stopped(process) == 0
@@ -304,13 +313,105 @@ def test_a_damaged_journal_is_told_with_status_5(tmp_path: Path) -> None:
     }
 
 
+def test_the_journal_of_a_running_worker_is_measured_and_backed_up(http_service: Service) -> None:
+    assert http_service.run("push", __file__, "kept:1.0.0", "--type", "custom").status == 0
+    stats = http_service.json("journal", "stats")
+    assert (stats["epoch"], stats["inUse"], stats["base"]["count"], stats["segments"]["count"]) == (1, True, 0, 1)
+    assert "segments" in http_service.run("journal", "stats").out
+    done = http_service.json("journal", "backup", "copy")
+    assert done["success"] is True
+    assert done["registryId"] == stats["registryId"]
+    assert done["head"] >= stats["head"]
+    found = http_service.json("journal", "verify", "--registry-path", "copy")
+    assert (found["damage"], found["records"]) == (None, done["records"])
+    again = http_service.run("journal", "backup", "copy", "-o", "json")
+    assert (again.status, again.out) == (2, "")
+    assert json.loads(again.err)["error"]["code"] == "ERR_INVALID_REQUEST"
+    refused = http_service.run("journal", "repair")
+    assert refused.status == 4
+    assert "in use" in refused.err
+    process, address = started(http_service.folder, "serve", "--registry-path", "copy", "--storage-path", "other")
+    assert run("show", "kept", "--url", address, folder=http_service.folder).status == 0
+    assert stopped(process) == 0
+
+
+def test_the_progress_of_a_backup_is_shown_on_a_terminal_and_nowhere_else(http_service: Service) -> None:
+    ran = http_service.run("journal", "backup", "quiet")
+    assert (ran.status, ran.err) == (0, "")
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker", "journal", "backup", "shown"],
+            cwd=http_service.folder,
+            env=environment(TERM="xterm"),
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        out, _ = process.communicate(timeout=PATIENCE_S)
+        shown = terminal.read(4096)
+    assert process.returncode == 0
+    assert b"copied" in shown
+    assert b"copied" not in out
+
+
+def test_a_damaged_journal_is_repaired_once_its_loss_is_accepted(tmp_path: Path) -> None:
+    process, address = started(tmp_path, "serve")
+    for name in ("first", "second", "third"):
+        ran = run("push", __file__, f"{name}:1.0.0", "--type", "custom", "--url", address, folder=tmp_path)
+        assert ran.status == 0
+    assert stopped(process) == 0
+    assert run("journal", "repair", folder=tmp_path).out == "the journal is sound; nothing was changed\n"
+    [segment] = (tmp_path / "data/registry").glob("seg-*.jsonl")
+    damaged = segment.read_bytes().replace(
+        b'"op":"store","rec":{"model":"second"', b'"op":"store","rec":{"model":"secomd"'
+    )
+    segment.write_bytes(damaged)
+
+    worker = run("serve", folder=tmp_path)
+    assert worker.status != 0
+    assert "journal repair" in worker.out + worker.err
+    listed = run("journal", "repair", "-o", "json", folder=tmp_path)
+    assert listed.status == 5
+    assert listed.document["success"] is False
+    assert len(listed.document["lost"]) == 1
+    assert json.loads(listed.err)["error"]["code"] == "ERR_CHECKSUM_MISMATCH"
+    refused = run("journal", "repair", "--accept-loss", folder=tmp_path)
+    assert (refused.status, refused.out) == (2, "")
+    assert "--yes" in refused.err
+    assert segment.read_bytes() == damaged
+
+    done = run("journal", "repair", "--accept-loss", "--yes", "-o", "json", folder=tmp_path)
+    assert done.status == 0
+    assert (done.document["repaired"], done.document["epoch"]) == (True, 2)
+    assert (tmp_path / "data/registry" / done.document["kept"] / segment.name).read_bytes() == damaged
+    process, address = started(tmp_path, "serve")
+    assert [run("show", name, "--url", address, folder=tmp_path).status for name in ("first", "second", "third")] == [
+        0,
+        3,
+        0,
+    ]
+    assert stopped(process) == 0
+
+
+def test_a_journal_without_anything_that_checks_is_beyond_repair(tmp_path: Path) -> None:
+    folder = tmp_path / "data/registry"
+    folder.mkdir(parents=True)
+    (folder / "seg-00000000000000000001.jsonl").write_bytes(b"nothing\n" * 9)
+    ran = run("journal", "repair", "--accept-loss", "--yes", folder=tmp_path)
+    assert ran.status == 5
+    assert "cannot be repaired" in ran.err
+
+
 # --- without a worker ---
 
 
 def test_a_folder_without_a_journal_is_told(tmp_path: Path) -> None:
-    ran = run("journal", "verify", folder=tmp_path)
-    assert ran.status == 3
-    assert "no journal" in ran.err
+    (tmp_path / "data/registry").mkdir(parents=True)
+    for words in (["verify"], ["stats"], ["backup", "copy"], ["repair"]):
+        ran = run("journal", *words, folder=tmp_path)
+        assert ran.status == 3
+        assert "no journal" in ran.err
 
 
 def test_a_worker_that_is_not_there_is_told_with_status_7(tmp_path: Path) -> None:

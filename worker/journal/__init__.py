@@ -12,6 +12,7 @@ seg-<first sequence, 20 digits>.jsonl   segments: sealed ones, then exactly one 
 seg-....jsonl.<offset>[.<n>].torn    bytes cut from the end of a segment at a boot; kept for people, never read
 RESERVE                              room to be given up when the disk is full; its bytes mean nothing
 aside/                               files a boot found here and did not know; never read
+damaged-<time>/                      all files as they were before a repair; never read
 *.tmp                                a file that was being published; removed by the next boot
 ```
 
@@ -132,6 +133,10 @@ Reading at boot
 
 What a cut cannot tell: the loss of exactly the last batch after it was acknowledged looks like a torn write. The `mark`
 line narrows that to one second after a batch.
+
+Repair (`worker/journal/repair.py`) is asked for by hand, where a boot refuses. What still checks becomes a base, under
+the next epoch, that stands for all sequences that may have been given, with `changesFrom` there too; behind it comes a
+fresh segment.
 
 A reader beside a running writer takes no lock. It takes lines while they check; lines of the last batch may still be
 cut off, so it acts on line k only when a later line has `b` > k. At `seal` it goes on with the next file of MANIFEST.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import orjson
 from worker.journal.base_index import index_name, read_index
 from worker.journal.files import Files, sync, write_all
 from worker.journal.format import FORMAT_VERSION, TAIL_BYTES, make_line
-from worker.journal.manifest import SealedFile
-from worker.journal.replay import Sealed
+from worker.journal.manifest import Manifest, SealedFile
+from worker.journal.replay import Place, Sealed
 from worker.journal.segment import Digest, Segment
 
 _SYNC_BYTES = 256 * 1024
@@ -48,25 +48,43 @@ def write_base(
 
     `name` is the one the base will have. Raises OSError, SyncFailed.
     """
-    replaces = {"sequence": sealed.place.sequence, "name": sealed.place.name, "crc": f"{sealed.place.crc:08x}"}
+    bodies = (line[:-TAIL_BYTES] for segment in sealed.segments for line in _kept_lines(files, folder, segment, keep))
+    return write_bodies(
+        files, folder, name, sealed.manifest, sealed.place, bodies, changes_from=changes_from, time_ms=time_ms
+    )
+
+
+def write_bodies(
+    files: Files,
+    folder: Path,
+    name: str,
+    manifest: Manifest,
+    place: Place,
+    bodies: Iterable[bytes],
+    *,
+    changes_from: int,
+    time_ms: int,
+) -> Base:
+    """Write lines with these bodies (all before the crc), of ascending sequence, to `<name>.tmp`, durably: a base of
+    the registry and epoch of `manifest` that stands for all up to `place`. Raises OSError, SyncFailed.
+    """
     header = {
         "format": FORMAT_VERSION,
-        "registryId": sealed.manifest.registry_id,
-        "epoch": sealed.manifest.epoch,
+        "registryId": manifest.registry_id,
+        "epoch": manifest.epoch,
         "previous": None,
-        "replaces": replaces,
+        "replaces": {"sequence": place.sequence, "name": place.name, "crc": f"{place.crc:08x}"},
         "changesFrom": changes_from,
     }
     fd = files.open(folder / f"{name}.tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         writer = _ChainWriter(files, fd)
         writer.add(*make_line(0, 0, time_ms, b'"op":"open","rec":%b' % orjson.dumps(header), 0))
-        for segment in sealed.segments:
-            for line in _kept_lines(files, folder, segment, keep):
-                writer.chain(line[:-TAIL_BYTES])
+        for body in bodies:
+            writer.chain(body)
         writer.flush()
         seal = {"lines": writer.digest.lines, "sha256": writer.digest.sha256}
-        end = sealed.place.sequence
+        end = place.sequence
         writer.add(*make_line(end, end, time_ms, b'"op":"seal","rec":%b' % orjson.dumps(seal), writer.crc))
         writer.flush()
     finally:

@@ -19,8 +19,9 @@ class JournalDamaged(Exception):
         self.sequence = sequence
         self.reason = reason
         super().__init__(
-            f"{path} is damaged at byte {offset}, sequence {sequence}: {reason}. Nothing was changed. Put back the"
-            " registry's folder from a backup; `model-manager journal dump` shows what can still be read."
+            f"{path} is damaged at byte {offset}, sequence {sequence}: {reason}. Nothing was changed. Put back a"
+            " backup, or `model-manager rebuild` from the archive; without either, `model-manager journal repair` tells"
+            " what is lost and, with --accept-loss, goes on without it."
         )
 
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from worker.journal.lock import FolderLock
+from worker.journal.lock import FolderLock, is_held
 
 _READ_BUFFER = 256 * 1024
 
@@ -29,6 +29,10 @@ class Files:
     def lock(self, folder: Path) -> FolderLock:
         """Raises JournalLocked at once if another process holds it."""
         return FolderLock(folder)
+
+    def owned(self, folder: Path) -> bool:
+        """Whether a process holds the lock of `folder` now."""
+        return is_held(folder)
 
     def mkdir(self, folder: Path) -> None:
         folder.mkdir(mode=0o750)
@@ -95,8 +99,15 @@ class Files:
     def rename(self, old: Path, new: Path) -> None:
         old.rename(new)
 
+    def link(self, old: Path, new: Path) -> None:
+        """Another name for the same file."""
+        new.hardlink_to(old)
+
     def unlink(self, path: Path) -> None:
         path.unlink()
+
+    def rmdir(self, folder: Path) -> None:
+        folder.rmdir()
 
 
 def write_all(files: Files, fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -54,12 +54,13 @@ def verify(folder: Path, *, files: Files = _DISK) -> VerifyReport:
 
     Raises FileNotFoundError if there is no MANIFEST, JournalDamaged if it does not check.
     """
-    walk = _Walk(files, folder)
-    report = walk.report()
-    if report.damage is not None and report.damage.path == walk.manifest.active:
-        # The owner may have cut back a batch under our eyes; damage stays, that does not.
+    seen: int | None = None
+    while True:
         report = _Walk(files, folder).report()
-    return report
+        # The owner may have compacted, rotated or taken back a batch under our eyes; damage stays, that does not.
+        if report.damage is None or report.generation == seen:
+            return report
+        seen = report.generation
 
 
 def dump(folder: Path, *, files: Files = _DISK) -> Iterator[Entry]:
@@ -78,6 +79,8 @@ class _Walk:
         self._files = files
         self._folder = folder
         self.manifest = read_manifest(files, folder)
+        # Before the active file is read: when a rotation has made a newer one, its seal is there to be found.
+        self._names = files.list(folder)
         self._place = Place()
         self._lines = 0
         self._records = 0
@@ -161,9 +164,9 @@ class _Walk:
                 self._refuse(sealed.name, 0, "the sealed file does not have its size, lines and checksums")
 
     def _check_newer_segments(self) -> None:
-        # In this order: a rotation that ends meanwhile has replaced MANIFEST by then, and it was not too old.
         name = newer_segment(self._files, self._folder, self.manifest, self._place.sequence, self._last_op)
-        if name and read_manifest(self._files, self._folder).generation == self.manifest.generation:
+        # A rotation that ended meanwhile has replaced MANIFEST by then, and it was not too old.
+        if name in self._names and read_manifest(self._files, self._folder).generation == self.manifest.generation:
             self._refuse(name, 0, STALE_MANIFEST)
 
     def _refuse(self, name: str, offset: int, reason: str) -> NoReturn:

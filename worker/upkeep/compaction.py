@@ -29,6 +29,10 @@ class CompactionFailed(Exception):
     """Nothing has changed; str() says why."""
 
 
+class NothingToCompact(CompactionFailed):
+    """There are no sealed files."""
+
+
 class NoRoomToCompact(CompactionFailed):
     """Also all of the reserve would not do for what is live."""
 
@@ -113,6 +117,8 @@ class Compaction:
             manifest = await journal.rotate()
         except ModelManagerError as error:
             raise _no_room(error) from None
+        if not manifest.sealed:
+            raise NothingToCompact("no record was ever written")
         before = sum(journal.sealed_bytes)
         name = base_name(manifest.generation + 1)
         try:
