@@ -32,6 +32,9 @@ class Staging:
         self._lock = files.lock(folder)
         try:
             self._check_free()
+            if self._is_half_committed():
+                self._remove_old()
+                sync_folder(files, folder)  # only then may the MANIFEST go that tells of it
             self._empty()
             _make(files, self.path)
         except BaseException:
@@ -43,6 +46,7 @@ class Staging:
         names = self._files.list(self.path)
         sync_folder(self._files, self.path)
         self._remove_old()
+        sync_folder(self._files, self._folder)  # the name of `path`, where MANIFEST is found if this is cut short
         for name in (name for name in names if name != MANIFEST):
             self._files.rename(self.path / name, self._folder / name)
         sync_folder(self._files, self._folder)
