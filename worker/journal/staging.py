@@ -34,7 +34,8 @@ class Staging:
             self._check_free()
             if self._is_half_committed():
                 self._remove_old()
-                sync_folder(files, folder)  # only then may the MANIFEST go that tells of it
+                # Only then may the MANIFEST go that tells of it.
+                sync_folder(files, folder)
             self._empty()
             _make(files, self.path)
         except BaseException:
@@ -46,7 +47,8 @@ class Staging:
         names = self._files.list(self.path)
         sync_folder(self._files, self.path)
         self._remove_old()
-        sync_folder(self._files, self._folder)  # the name of `path`, where MANIFEST is found if this is cut short
+        # With the name of `path`, where MANIFEST is found if this is cut short.
+        sync_folder(self._files, self._folder)
         for name in (name for name in names if name != MANIFEST):
             self._files.rename(self.path / name, self._folder / name)
         sync_folder(self._files, self._folder)
