@@ -124,7 +124,7 @@ async def some_history(rack: LocalRack, chance: random.Random, steps: int) -> No
                 await rack.call("setAlias", {"modelId": model, "alias": "stable", "version": version})
             elif step < 0.93:
                 await rack.registry.journal.rotate()
-            elif step < 0.96 and not rack.registry.journal.held:
+            elif step < 0.96 and not rack.registry.journal.superseded.held:
                 await compact_here(rack.registry)
         except ModelManagerError as error:
             assert error.code in ("ERR_MODEL_NOT_FOUND", "ERR_MODEL_ALREADY_EXISTS")
