@@ -72,6 +72,18 @@ def test_the_shipped_configuration_is_as_promtool_wants_it() -> None:
     subprocess.run([program("promtool"), "check", "config", str(SHIPPED)], capture_output=True, timeout=60, check=True)
 
 
+def test_each_alert_fires_for_what_is_sick_and_not_for_what_is_well() -> None:
+    ran = subprocess.run(
+        [program("promtool"), "test", "rules", "rules_test.yml"],
+        cwd=SHIPPED.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, "Unit Testing:  rules_test.yml\n  SUCCESS\n\n"), ran.stderr
+
+
 def test_prometheus_with_the_shipped_configuration_sees_the_worker_up(service: Service, tmp_path: Path) -> None:
     with Prometheus(program("prometheus"), tmp_path, urlsplit(service.url).netloc) as prometheus:
         wait_until(lambda: prometheus.health() == "up", "the target is up")
