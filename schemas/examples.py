@@ -333,6 +333,8 @@ STORY: tuple[Example, ...] = (
                 "deleted": 0,
                 "epoch": 1,
                 "sequence": 9,
+                "archivedSequence": 9,
+                "archiveLagSeconds": 0.0,
             },
             "cache": {"entries": 1, "bytes": len(WEIGHTS), "hits": 3, "misses": 1},
             "replication": {"factor": 1, "peers": []},

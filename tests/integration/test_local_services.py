@@ -251,14 +251,14 @@ def test_make_run_outlives_its_worker_keeps_its_data_and_ends_in_order(rabbitmq:
         assert answers((tmp_path / "data/local/env").read_text().partition("AMQP__URL=")[2].split()[0])
         run.send_signal(signal.SIGINT)
         assert run.wait(DEADLINE_S) == 0
-    assert not processes_of(tmp_path)
+    wait_until(lambda: not processes_of(tmp_path))
 
     with make_run(tmp_path) as run:
         assert said(run, "ready", "the worker ended").startswith("local: ready")
         assert "kept" in client(tmp_path, "ls")
         run.send_signal(signal.SIGTERM)
         assert run.wait(DEADLINE_S) == 0
-    assert not processes_of(tmp_path)
+    wait_until(lambda: not processes_of(tmp_path))
 
 
 def client(folder: Path, *arguments: str) -> str:
