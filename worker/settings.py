@@ -29,7 +29,9 @@ _UNITS = (
     | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
 )
 _ENV_PREFIX = "MODEL_MANAGER_"
-_ENV_OF_OTHERS = frozenset({"MODEL_MANAGER_CONFIG", "MODEL_MANAGER_URL", "MODEL_MANAGER_TOKEN_FILE"})
+_ENV_OF_OTHERS = frozenset(
+    {"MODEL_MANAGER_CONFIG", "MODEL_MANAGER_URL", "MODEL_MANAGER_TOKEN_FILE", "MODEL_MANAGER_REVISION"}
+)
 
 
 class SettingsError(Exception):

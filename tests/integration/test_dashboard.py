@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks for metrics that exist; `test_prometheus.py` sees what a worker gives for each expression."""
+"""The Grafana dashboard asks for metrics that exist; `test_prometheus.py` sees what a worker gives for each of them."""
 
 from __future__ import annotations
 
