@@ -191,7 +191,20 @@ def repairing(stage: Stage) -> None:
 
 
 def restoring(stage: Stage) -> None:
-    """Of a backup, where the folder was lost; with a base and a tail."""
+    """Of a backup with a base and a tail, where the folder was lost."""
+    _lose_the_folder(stage)
+    _play_restore(stage)
+
+
+def restoring_over_an_empty_journal(stage: Stage) -> None:
+    """A worker that was started on nothing has left one."""
+    _lose_the_folder(stage)
+    boot(FOLDER, stage.disk)
+    stage.replace_disk(stage.disk.copy())
+    _play_restore(stage)
+
+
+def _lose_the_folder(stage: Stage) -> None:
     with stage.life(segment_bytes=700, killed=True):
         stage.put(3)
         stage.compact()
@@ -202,9 +215,12 @@ def restoring(stage: Stage) -> None:
     for name in disk.list(FOLDER):
         disk.unlink(FOLDER / name)
     disk.fsync_dir(FOLDER)
+
+
+def _play_restore(stage: Stage) -> None:
     stage.moments.clear()
     try:
-        _restore(disk)
+        _restore(stage.disk)
     except (OSError, SyncFailed) as error:
         raise Over from error
 
@@ -214,8 +230,8 @@ def _restore(disk: Disk) -> None:
 
 
 def restore_if_missing(disk: Disk) -> None:
-    """It is there whole, or there is no MANIFEST, and the operator begins anew."""
-    if "MANIFEST" not in disk.list(FOLDER):
+    """It is there whole, or there is nothing that a worker would serve, and the operator begins anew."""
+    if "MANIFEST" not in disk.list(FOLDER) or verify(FOLDER, files=disk).records == 0:
         _restore(disk)
 
 
@@ -295,5 +311,6 @@ SCENARIOS = (
     Scenario("backup", backing_up, intact=backups_are_whole),
     Scenario("repair", repairing, intact=damaged_bytes_are_kept, mend=repair_if_refused),
     Scenario("restore", restoring, mend=restore_if_missing),
+    Scenario("restore over an empty journal", restoring_over_an_empty_journal, mend=restore_if_missing),
     Scenario("unknown file", unknown_file, intact=note_is_kept),
 )
