@@ -11,7 +11,6 @@ is, a request without its one outcome, or a worker that needed a hand.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import secrets
 import sys
@@ -37,9 +36,7 @@ def main() -> None:
     logging.basicConfig(level=logging.CRITICAL)  # aiormq tells of every connection that is lost
     with tempfile.TemporaryDirectory(prefix="ledger-") as folder, rabbitmq(Path(folder) / "broker") as broker:
         rack = f"r-{secrets.token_hex(4)}"
-        report = asyncio.run(
-            run(broker, Path(folder), rack, requests=options.requests, faults=faults, seed=options.seed)
-        )
+        report = run(broker, Path(folder), rack, requests=options.requests, faults=faults, seed=options.seed)
     print(table(report))
     sys.exit(bool(report.broken))
 
