@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from worker.journal import Entry
@@ -67,9 +68,7 @@ class Ledger:
         self.requests.append(asked)
         return asked
 
-    def settle(
-        self, asked: Asked, outcome: str, *, open_: bool = False, reply: dict[str, Any] | None = None
-    ) -> None:
+    def settle(self, asked: Asked, outcome: str, *, open_: bool = False, reply: dict[str, Any] | None = None) -> None:
         """The final outcome of a request."""
         if asked.outcome:
             self.broken.append(f"{asked.method} of {asked.caller} ended twice: {asked.outcome}, then {outcome}")
@@ -85,7 +84,7 @@ class Ledger:
     def longest_gap(self, begun: float, ended: float) -> float:
         """The longest time without a success between two moments, in seconds."""
         moments = [begun, *(moment for moment in self.successes if begun < moment < ended), ended]
-        return max(after - before for before, after in zip(moments, moments[1:], strict=False))
+        return max(after - before for before, after in pairwise(moments))
 
     # --- the judgement ---
 
@@ -133,7 +132,9 @@ class Ledger:
     def _check_reply(self, asked: Asked, entry: Entry) -> None:
         """The acknowledgement says what the record says."""
         record, reply = entry.record, asked.reply
-        wrong = [name for name in ("revision", "previous", "versions") if name in record and record[name] != reply[name]]
+        wrong = [
+            name for name in ("revision", "previous", "versions") if name in record and record[name] != reply[name]
+        ]
         if record["model"] != reply["modelId"] or wrong:
             self.broken.append(f"{asked.method} of {asked.caller} was acknowledged with another's answer: {wrong}")
 
@@ -146,7 +147,7 @@ class Ledger:
 def fold(entries: list[Entry], broken: list[str]) -> dict[tuple[str, str], dict[str, Any]]:
     """What the catalog must show, from the journal's lines alone: each version that is not deleted.
 
-    A line that does not follow from the one before it (a revision that is no step, a swap of another value) is `broken`.
+    A line that does not follow from those before it, such as a revision that is no step, is `broken`.
     """
     versions: dict[tuple[str, str], dict[str, Any]] = {}
     deleted: set[tuple[str, str]] = set()

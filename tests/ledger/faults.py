@@ -102,6 +102,10 @@ async def _again(stage: Stage, end: Callable[[], None]) -> str:
     return f"process {before}, then {after}"
 
 
+async def _pid(stage: Stage) -> str:
+    return (await asyncio.to_thread(stage.broker.ctl, "eval", "os:getpid().")).strip().strip('"')
+
+
 async def _alarm(stage: Stage) -> str:
     await asyncio.to_thread(stage.broker.ctl, "set_vm_memory_high_watermark", "0.00001")
     try:

@@ -46,7 +46,7 @@ class Tunnel:
 
 
 class Proxy:
-    """Listens on loopback and passes on to the broker at `url`. `counts` tells what was done to how many connections."""
+    """Listens on loopback and passes on to the broker at `url`. `counts` tells to how many what was done."""
 
     def __init__(self, url: str) -> None:
         self._target = urlsplit(url)
