@@ -28,6 +28,7 @@ from schemas.errors import ERRORS
 EXIT_STALLED: Final = ERRORS["ERR_INTERNAL"].exit_code
 _BEAT_S = 1.0
 _BEATS_PER_LIMIT = 4
+_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 _log = structlog.get_logger()
 
@@ -100,6 +101,4 @@ class LoopWatch:
 
 def _now() -> float:
     """Seconds on a clock that nobody sets; where there is one, on one that goes on while the machine is suspended."""
-    if sys.platform == "linux":
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return time.monotonic()
+    return time.clock_gettime(_CLOCK)
