@@ -14,9 +14,9 @@ from tests.ledger.proxy import Proxy
 from tests.ledger.rack import Rack
 from worker.transport.topology import request_queue
 
-ALARM_S = 2.0
-FREEZE_S = 2.0
-SLOW_S = 3.0
+ALARM_S = 1.5
+FREEZE_S = 1.5
+SLOW_S = 2.0
 SLOW_BYTES_PER_S = 20_000.0
 _BACK_WITHIN_S = 90.0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.process import Processes, Service
 
-WATCHDOG_S = 3.0
+WATCHDOG_S = 2.0
 TAKEN_OVER_WITHIN_S = 60.0
 _POLL_S = 0.01
 
