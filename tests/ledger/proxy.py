@@ -56,6 +56,7 @@ class Proxy:
         self.flowing = asyncio.Event()
         self.flowing.set()
         self.bytes_per_s: float | None = None
+        self.refusing = False
         self.counts: Counter[str] = Counter()
 
     @property
@@ -126,6 +127,9 @@ class Proxy:
     # --- a connection ---
 
     async def _serve(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
+        if self.refusing:
+            near.transport.abort()
+            return
         try:
             far_reader, far = await asyncio.open_connection(self._target.hostname, self._target.port or 5672)
         except OSError:
