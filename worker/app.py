@@ -35,6 +35,7 @@ from worker.registry import Registry
 from worker.service.service import ModelService
 from worker.settings import Loaded
 from worker.signing import UrlSigner
+from worker.stall import LoopWatch, Supervisor
 from worker.transport.amqp import AmqpTransport
 from worker.transport.http_server import HttpServer
 from worker.upkeep.archive import Archive
@@ -55,12 +56,16 @@ async def run(loaded: Loaded, stop: asyncio.Event, *, broker: bool, take_over: b
     configure_logs(settings.log.level, settings.log.format, settings.rack)
     for warning in loaded.warnings:
         _log.warning("setting_ignored", reason=warning)
+    watch = asyncio.create_task(LoopWatch(settings.timeouts.loop_stall, Supervisor(os.environ)).run())
     app = App(loaded, broker=broker, take_over=take_over)
     try:
         return await app.run(stop)
     except BootRefused as refused:
         _log.error("boot_refused", reason=str(refused), exit_code=refused.exit_code)
         return refused.exit_code
+    finally:
+        watch.cancel()
+        await asyncio.wait([watch])
 
 
 class App:

@@ -112,6 +112,7 @@ class TimeoutSettings(_Section):
     http_header: Seconds = 15.0
     http_idle: Seconds = 60.0
     storage: Seconds = 30.0
+    loop_stall: Seconds = 60.0
 
 
 class LimitSettings(_Section):

@@ -2,6 +2,10 @@
 
 A connection is a value that is used up: when it or its channel ends, every waiter on it ends with it, and the next
 call makes a new one with a new reply queue. So an answer can neither be lost silently nor reach another's waiter.
+
+While somebody waits, the broker is asked now and then whether it still has the reply queue: a connection whose other
+end is gone is found in seconds, where heartbeats take a minute. A request that stays without an answer although its
+connection lives was lost with its queue, or its worker's; it is sent again with the same idempotency key.
 """
 
 from __future__ import annotations
@@ -35,7 +39,10 @@ from worker.client.caller import Unreachable, error_of, no_answer, until_answere
 RPC_EXCHANGE = "model-manager.rpc"
 MAX_REPLY_BYTES = 16 * 1024**2
 _HEARTBEAT_S = 20
+_CONNECT_S = 10.0
 _CLOSE_S = 5.0
+_WATCH_S = 5.0
+_RESEND_S = 10.0
 
 
 @dataclass(slots=True)
@@ -48,14 +55,40 @@ class _Link:
     reply_to: str
     waiters: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)
     lost: bool = False
+    watching: asyncio.Task[None] | None = None
 
     async def answer(self, message: AbstractIncomingMessage) -> None:
         waiter = self.waiters.get(message.correlation_id or "")
         if waiter is not None and not waiter.done():
             waiter.set_result(message.body)
 
+    async def watch(self) -> None:
+        """Lose the link when the broker does not know its reply queue any more, or says nothing for `_WATCH_S`."""
+        while not self.lost:
+            await asyncio.sleep(_WATCH_S)
+            if not self.waiters or await self._blocked():
+                continue
+            try:
+                with _lost():
+                    await self.channel.declare_queue(self.reply_to, passive=True, timeout=_WATCH_S)
+            except (Unreachable, ChannelNotFoundEntity):
+                if not await self._blocked():
+                    self.lose()
+
+    async def _blocked(self) -> bool:
+        """Whether the broker has said that it reads nothing for now; it answers nothing then."""
+        if self.connection.transport is None:
+            return False
+        unblocked = asyncio.ensure_future(self.connection.transport.connection.ready())
+        await asyncio.sleep(0)
+        blocked = not unblocked.done()
+        unblocked.cancel()
+        return blocked
+
     def lose(self, *_: object) -> None:
         self.lost = True
+        if self.watching is not None:
+            self.watching.cancel()
         for waiter in self.waiters.values():
             if not waiter.done():
                 waiter.set_exception(Unreachable("The connection to the broker was lost.", passing=True))
@@ -70,7 +103,9 @@ class AmqpCaller:
         self._link: _Link | None = None
         self._connecting = asyncio.Lock()
         self._reached = False
+        self._answered = False
         self._closed = False
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def call(
         self, method: str, params: Mapping[str, Any], *, timeout_s: float, idempotency_key: str | None = None
@@ -80,7 +115,7 @@ class AmqpCaller:
         async def attempt(left_s: float, key: str | None) -> dict[str, Any]:
             try:
                 async with asyncio.timeout(left_s):
-                    reply = await self._exchange(method, body, left_s, key)
+                    reply = await self._answer(method, body, left_s, key)
             except TimeoutError:
                 raise no_answer(timeout_s) from None
             if reply.get("success") is not True:
@@ -95,11 +130,19 @@ class AmqpCaller:
     async def close(self) -> None:
         self._closed = True
         async with self._connecting:
-            link, self._link = self._link, None
-        if link is not None:
-            link.lose()
-            with contextlib.suppress(TimeoutError, *CONNECTION_EXCEPTIONS):
-                await asyncio.wait_for(link.connection.close(), _CLOSE_S)
+            self._discard()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    async def _answer(self, method: str, body: bytes, left_s: float, key: str | None) -> dict[str, Any]:
+        """Send it, and again each time that a doubling patience is over, and return the first answer."""
+        deadline = time.monotonic() + left_s
+        patience_s = _RESEND_S
+        while True:
+            try:
+                async with asyncio.timeout(patience_s):
+                    return await self._exchange(method, body, deadline - time.monotonic(), key)
+            except TimeoutError:
+                patience_s *= 2
 
     async def _exchange(self, method: str, body: bytes, left_s: float, key: str | None) -> dict[str, Any]:
         deadline = time.monotonic() + left_s
@@ -115,6 +158,7 @@ class AmqpCaller:
             del link.waiters[correlation_id]
             if waiter.done() and not waiter.cancelled():
                 waiter.exception()  # taken note of, even if the publish failed first
+        self._answered = True
         return parse_object(reply, limit=MAX_REPLY_BYTES)
 
     def _request(
@@ -150,7 +194,8 @@ class AmqpCaller:
                 with _lost(link):
                     await confirm
         except PublishError:
-            raise Unreachable(f"There is no worker's queue for rack {self._rack} on that broker.") from None
+            reason = f"There is no worker's queue for rack {self._rack} on that broker."
+            raise Unreachable(reason, passing=self._answered) from None
         except DeliveryError:
             raise ModelManagerError("ERR_OVERLOADED", "The queue of the rack is full.") from None
         finally:
@@ -163,27 +208,47 @@ class AmqpCaller:
                 raise Unreachable("This caller is closed.")
             if self._link is not None and not self._link.lost:
                 return self._link
-            if self._link is not None:
-                stale, self._link = self._link, None
-                with contextlib.suppress(TimeoutError, *CONNECTION_EXCEPTIONS):
-                    await asyncio.wait_for(stale.connection.close(), _CLOSE_S)
+            self._discard()
             self._link = await self._open()
+            self._link.watching = asyncio.create_task(self._link.watch())
             self._reached = True
             return self._link
 
+    def _discard(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            link.lose()
+            self._close_soon(link.connection)
+
+    def _close_soon(self, connection: AbstractConnection) -> None:
+        """Close it as far as it still goes; no call waits for that, since the other end may be gone."""
+
+        async def close() -> None:
+            with contextlib.suppress(TimeoutError, *CONNECTION_EXCEPTIONS):
+                await asyncio.wait_for(connection.close(), _CLOSE_S)
+
+        closing = asyncio.create_task(close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
     async def _open(self) -> _Link:
         try:
-            connection = await aio_pika.connect(self._url, heartbeat=_HEARTBEAT_S)
+            async with asyncio.timeout(_CONNECT_S):
+                connection = await aio_pika.connect(self._url, heartbeat=_HEARTBEAT_S)
         except (AuthenticationError, ProbableAuthenticationError):
             raise ModelManagerError("ERR_UNAUTHORIZED", "The broker refuses the login.") from None
         except ValueError:
             raise ModelManagerError("ERR_INVALID_REQUEST", "The broker's address is not an AMQP URL.") from None
-        except CONNECTION_EXCEPTIONS:
+        except (TimeoutError, *CONNECTION_EXCEPTIONS):
             raise Unreachable("The broker cannot be reached.", passing=self._reached) from None
         try:
-            return await self._prepare(connection)
+            async with asyncio.timeout(_CONNECT_S):
+                return await self._prepare(connection)
+        except TimeoutError:
+            self._close_soon(connection)
+            raise Unreachable("The broker does not answer.", passing=self._reached) from None
         except BaseException:
-            await connection.close()
+            self._close_soon(connection)
             raise
 
     async def _prepare(self, connection: AbstractConnection) -> _Link:
@@ -197,7 +262,8 @@ class AmqpCaller:
                 channel.close_callbacks.add(link.lose)
                 await replies.consume(link.answer, no_ack=True)
         except ChannelNotFoundEntity:
-            raise Unreachable("No rack is set up on that broker: it has no exchange for requests.") from None
+            reason = "No rack is set up on that broker: it has no exchange for requests."
+            raise Unreachable(reason, passing=self._answered) from None
         return link
 
 

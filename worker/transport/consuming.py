@@ -16,7 +16,7 @@ from aiormq.channel import Channel
 from worker.transport.connections import LinkLostError, link_failures, open_channel
 
 CAUTIOUS_PREFETCH = 1
-WATCH_INTERVAL_S = 30.0
+WATCH_INTERVAL_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 
 

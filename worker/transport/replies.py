@@ -32,6 +32,7 @@ from worker.transport.topology import DEAD_EXCHANGE
 PUBLISH_TIMEOUT_S = 10.0
 PATIENCE_S = 30.0
 BLOCK_POLL_S = 0.2
+WATCH_INTERVAL_S = 5.0
 MAX_REPLY_BYTES = 4_000_000
 # A larger one waits until the socket has taken it, which bounds what piles up for a slow broker.
 MAX_UNAWAITED_BYTES = 16_384
@@ -93,17 +94,39 @@ class Publisher:
         self.blocked = False
 
     async def session(self, connection: AbstractConnection) -> None:
-        """Serve publishes on this connection until it closes, and watch whether the broker blocks it."""
+        """Serve publishes on this connection until it closes, and watch whether the broker blocks it.
+
+        LinkLostError: the broker answers no more, and has not said that it would not.
+        """
         closed = connection.closing
+        watching = asyncio.create_task(self._watch(connection))
         self._attach(connection)
         try:
-            while not closed.done():
+            while not (closed.done() or watching.done()):
                 self._set_blocked(is_blocked(connection))
-                await asyncio.wait([closed], timeout=BLOCK_POLL_S)
+                await asyncio.wait([closed, watching], timeout=BLOCK_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                await watching
         finally:
             self._attach(None)
             self._set_blocked(False)
+            watching.cancel()
             closed.cancel()
+
+    async def _watch(self, connection: AbstractConnection) -> None:
+        """Open a channel now and then: to a connection whose other end is gone, nothing tells it for a minute."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            if is_blocked(connection):
+                continue
+            try:
+                channel = await open_channel(connection, confirms=False)
+                with link_failures():
+                    async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                        await channel.close()
+            except LinkLostError:
+                if not is_blocked(connection):
+                    raise
 
     @property
     def usable(self) -> bool:
