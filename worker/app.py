@@ -41,7 +41,7 @@ from worker.transport.http_server import HttpServer
 from worker.upkeep.archive import Archive
 from worker.upkeep.clean_up import CleanUp
 from worker.upkeep.compaction import Compaction
-from worker.upkeep.ownership import NotOwner, Owner, watch_ownership
+from worker.upkeep.ownership import NotOwner, Owner, confirm_ownership, watch_ownership
 
 _log = structlog.get_logger()
 
@@ -56,8 +56,9 @@ async def run(loaded: Loaded, stop: asyncio.Event, *, broker: bool, take_over: b
     configure_logs(settings.log.level, settings.log.format, settings.rack)
     for warning in loaded.warnings:
         _log.warning("setting_ignored", reason=warning)
-    watch = asyncio.create_task(LoopWatch(settings.timeouts.loop_stall, Supervisor(os.environ)).run())
-    app = App(loaded, broker=broker, take_over=take_over)
+    presence = LoopWatch(settings.timeouts.loop_stall, Supervisor(os.environ))
+    watch = asyncio.create_task(presence.run())
+    app = App(loaded, presence, broker=broker, take_over=take_over)
     try:
         return await app.run(stop)
     except BootRefused as refused:
@@ -71,8 +72,9 @@ async def run(loaded: Loaded, stop: asyncio.Event, *, broker: bool, take_over: b
 class App:
     """One worker. The attributes are its parts, in the order in which they depend on each other."""
 
-    def __init__(self, loaded: Loaded, *, broker: bool, take_over: bool = False) -> None:
+    def __init__(self, loaded: Loaded, presence: LoopWatch, *, broker: bool, take_over: bool = False) -> None:
         settings = self._settings = loaded.settings
+        self._presence = presence
         self._take_over = take_over
         self._tasks: list[asyncio.Task[None]] = []
         self._failed = asyncio.Event()
@@ -253,13 +255,27 @@ class App:
 
     async def _watch_ownership(self, owner: Owner) -> None:
         """Stop at once when the prefix is another's: nothing more is acknowledged here."""
+        self.dispatcher.vouch = lambda: self._confirm_ownership(owner) if self._presence.doubtful else None
         try:
             await watch_ownership(self.store, owner, period_s=_OWNER_PERIOD_S)
         except NotOwner as error:
-            _log.error("ownership_lost", reason=str(error), exit_code=EXIT_CONFIG_INVALID)
-            self.registry.journal.stop(str(error))
-            self._fail(EXIT_CONFIG_INVALID)
+            self._lose_ownership(error)
             await asyncio.Event().wait()
+
+    async def _confirm_ownership(self, owner: Owner) -> None:
+        """After an absence: return if the storage is still ours. Raises ModelManagerError."""
+        try:
+            await confirm_ownership(self.store, owner)
+        except NotOwner as error:
+            self._lose_ownership(error)
+            raise ModelManagerError("ERR_SHUTTING_DOWN") from None
+        self._presence.trust()
+
+    def _lose_ownership(self, error: NotOwner) -> None:
+        if not self._failed.is_set():
+            _log.error("ownership_lost", reason=str(error), exit_code=EXIT_CONFIG_INVALID)
+        self.registry.journal.stop(str(error))
+        self._fail(EXIT_CONFIG_INVALID)
 
     async def _watch(self) -> None:
         """Keep readiness true to the journal, the broker and the store; measure the loop's lag."""

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -43,6 +43,10 @@ class RequestObserver(Protocol):
     def request_ended(self, method: str, code: str, seconds: float) -> None: ...
 
     def request_repeated(self) -> None: ...
+
+
+# None, or, when the process was absent for long, what tells whether it still is the owner.
+Vouch = Callable[[], Awaitable[None] | None]
 
 
 class Lane:
@@ -98,6 +102,7 @@ class Dispatcher:
         self._transfers = Lane("transfer", transfers)
         self._running: dict[str, _Running] = {}
         self.draining = False
+        self.vouch: Vouch | None = None
 
     async def answer(self, method: str, body: bytes, context: Context) -> dict[str, Any]:
         """The reply body for a request's bytes. Never raises but CancelledError."""
@@ -117,8 +122,16 @@ class Dispatcher:
                 raise ModelManagerError("ERR_UNKNOWN_METHOD", f"There is no method {method[:64]!r}.")
             params = parse_params(known, parse_object(body) if isinstance(body, bytes) else body)
             if not known.effect or context.idempotency_key is None:
-                return await self._run(known, params, context)
-            return await self._once(known, params, context)
+                reply = await self._run(known, params, context)
+            else:
+                reply = await self._once(known, params, context)
+            await self._vouched(known)
+            return reply
+
+    async def _vouched(self, method: Method) -> None:
+        """Raises ModelManagerError when this process may have lost the storage: then nothing is acknowledged."""
+        if method.lane == "write" and self.vouch is not None and (doubt := self.vouch()) is not None:
+            await doubt
 
     @contextlib.asynccontextmanager
     async def admit(self, method: str, context: Context) -> AsyncIterator[None]:
@@ -131,6 +144,7 @@ class Dispatcher:
         with self._observed(method, context):
             async with self._admitted(known, context, lane):
                 yield
+            await self._vouched(known)
 
     @contextlib.contextmanager
     def _observed(self, method: str, context: Context) -> Iterator[None]:

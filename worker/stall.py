@@ -4,6 +4,7 @@ The loop beats. A thread of its own looks at the beats, and when the last one is
 the process at once and without a drain: what is stuck cannot be waited for, and a standby may take over. For what was
 acknowledged that is no more than SIGKILL. A beat that comes so late ends the process as well: it was stopped (SIGSTOP,
 a suspended machine), somebody may have taken over meanwhile, and it must not go on with what it believes to be its own.
+After a shorter absence it is in doubt: nothing is acknowledged before the storage was found to be its own still.
 
 With NOTIFY_SOCKET set, as under systemd, READY=1 is sent once the loop runs, WATCHDOG=1 with the beats if WATCHDOG_USEC
 asks for it, and STOPPING=1 at the end. A worker that waits for the lock of another one is ready in this sense.
@@ -28,6 +29,7 @@ from schemas.errors import ERRORS
 EXIT_STALLED: Final = ERRORS["ERR_INTERNAL"].exit_code
 _BEAT_S = 1.0
 _BEATS_PER_LIMIT = 4
+_DOUBT_S = 5.0
 _CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 _log = structlog.get_logger()
@@ -69,7 +71,17 @@ class LoopWatch:
         watchdog_s = supervisor.watchdog_s or limit_s
         self._period_s = min(_BEAT_S, limit_s / _BEATS_PER_LIMIT, watchdog_s / _BEATS_PER_LIMIT)
         self._last = _now()
+        self._doubt = False
         self._over = threading.Event()
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the loop stood still for so long that the storage may be another's, and nobody has looked since."""
+        return self._doubt or _now() - self._last > _DOUBT_S
+
+    def trust(self) -> None:
+        """The storage was found to be ours."""
+        self._doubt = False
 
     async def run(self) -> None:
         """Beat until cancelled."""
@@ -79,6 +91,7 @@ class LoopWatch:
         try:
             while True:
                 self._look()
+                self._doubt = self.doubtful
                 self._last = _now()
                 if self._supervisor.watchdog_s is not None:
                     self._supervisor.tell("WATCHDOG=1")

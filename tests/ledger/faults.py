@@ -52,37 +52,37 @@ class Stage:
 async def _cut(stage: Stage) -> str:
     for proxy in stage.proxies:
         proxy.cut()
-    return f"{_count(stage, 'cut')} connections"
+    return _proof(stage, "cut")
 
 
 async def _reset(stage: Stage) -> str:
     for proxy in stage.proxies:
         proxy.reset()
-    return f"{_count(stage, 'reset')} connections"
+    return _proof(stage, "reset")
 
 
 async def _half_open(stage: Stage) -> str:
-    """The broker has forgotten all connections, and neither callers nor worker know."""
+    """The broker has forgotten all connections, and neither callers nor workers know."""
     for proxy in stage.proxies:
         proxy.half_open("far")
-    return f"{_count(stage, 'half-opened')} connections"
+    return _proof(stage, "half-opened")
 
 
 async def _forgotten(stage: Stage) -> str:
-    """Callers and worker have new connections, and the broker keeps the old ones: a consumer that is nobody."""
+    """Callers and workers have new connections, and the broker keeps the old ones: a consumer that is nobody."""
     for proxy in stage.proxies:
         proxy.half_open("near")
-    return f"{_count(stage, 'half-opened')} connections"
+    return _proof(stage, "half-opened")
 
 
 async def _freeze(stage: Stage) -> str:
     await asyncio.gather(*(proxy.freeze(FREEZE_S) for proxy in stage.proxies))
-    return f"{_count(stage, 'frozen')} connections for {FREEZE_S:g} s"
+    return _proof(stage, "frozen")
 
 
 async def _slow(stage: Stage) -> str:
     await asyncio.gather(*(proxy.slow(SLOW_S, bytes_per_s=SLOW_BYTES_PER_S) for proxy in stage.proxies))
-    return f"{_count(stage, 'slowed')} connections for {SLOW_S:g} s"
+    return _proof(stage, "slowed")
 
 
 async def _restart(stage: Stage) -> str:
@@ -135,10 +135,11 @@ async def _freeze_worker(stage: Stage) -> str:
     return f"ended by its watchdog after {seconds:.1f} s, taken over in {stage.rack.takeovers[-1]:.2f} s"
 
 
-def _count(stage: Stage, what: str) -> int:
-    count = sum(proxy.counts[what] for proxy in stage.proxies)
-    assert count > 0, f"no connection was {what}"
-    return count
+def _proof(stage: Stage, what: str) -> str:
+    """How many connections the proxies did it to by now, those of earlier times among them."""
+    callers, workers = (proxy.counts[what] for proxy in stage.proxies)
+    assert callers and workers, f"no connection was {what}"
+    return f"{callers} connections of callers and {workers} of workers {what} by now"
 
 
 FAULTS: dict[str, Callable[[Stage], Awaitable[str]]] = {
