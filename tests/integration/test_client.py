@@ -19,6 +19,7 @@ import pytest
 from deploy.local import ObjectStore
 from schemas.errors import ModelManagerError
 from tests.amqp import delete_queues, eventually, serving
+from tests.wire import wire
 from worker import app
 from worker.client.amqp_caller import AmqpCaller
 from worker.client.caller import Caller, Unreachable
@@ -37,53 +38,6 @@ async def calling(url: str, rack: str) -> AsyncIterator[AmqpCaller]:
         yield caller
     finally:
         await caller.close()
-
-
-class Wire:
-    """A TCP connection to the broker in between, that can be cut."""
-
-    def __init__(self, url: str) -> None:
-        login, _, address = url.removeprefix("amqp://").rpartition("@")
-        host, _, rest = address.partition(":")
-        self._broker = (host, int(rest.partition("/")[0]))
-        self._login = login
-        self._writers: list[asyncio.StreamWriter] = []
-        self.accepted = 0
-        self.url = ""
-
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.accepted += 1
-        far_reader, far_writer = await asyncio.open_connection(*self._broker)
-        self._writers += [writer, far_writer]
-        await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
-
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(65_536):
-                writer.write(data)
-                await writer.drain()
-        except OSError:
-            pass
-        finally:
-            writer.close()
-
-    def cut(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
-        self._writers.clear()
-
-
-@asynccontextmanager
-async def wire(url: str) -> AsyncIterator[Wire]:
-    between = Wire(url)
-    server = await asyncio.start_server(between.accept, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    between.url = f"amqp://{between._login}@127.0.0.1:{port}/"
-    try:
-        yield between
-    finally:
-        between.cut()
-        server.close()
 
 
 async def test_many_calls_in_flight_get_their_own_answers(amqp_url: str, rack: str) -> None:
@@ -166,8 +120,7 @@ async def test_a_connection_that_stays_away_ends_every_waiter(amqp_url: str, rac
     async with serving(amqp_url, rack) as served, wire(amqp_url) as between, calling(between.url, rack) as caller:
         calls = [asyncio.create_task(caller.call("slow", {}, timeout_s=2, idempotency_key=f"K{n}")) for n in range(5)]
         await eventually(lambda: served.dispatcher.started["slow"] >= 5, "all calls to arrive")
-        between._broker = ("127.0.0.1", 1)
-        between.cut()
+        between.cut_for_good()
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert all(isinstance(outcome, ModelManagerError) and outcome.retryable for outcome in outcomes)
 
