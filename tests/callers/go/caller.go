@@ -24,6 +24,8 @@ type CallError struct {
 
 func (e *CallError) Error() string { return e.Code + ": " + e.Message }
 
+var lost = &CallError{"ERR_SHUTTING_DOWN", "The connection to the broker was lost.", true, nil}
+
 // Rack calls the worker of one rack. Any number of calls may be in flight at once.
 type Rack struct {
 	URL, Name string

@@ -7,8 +7,6 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-var lost = &CallError{"ERR_SHUTTING_DOWN", "The connection to the broker was lost.", true, nil}
-
 type answer struct {
 	body []byte
 	err  *CallError
@@ -51,10 +49,10 @@ func (r *Rack) connected() (*link, error) {
 }
 
 func (l *link) prepare(r *Rack) (err error) {
-	if l.channel, err = l.connection.Channel(); err != nil {
-		return err
+	if l.channel, err = l.connection.Channel(); err == nil {
+		err = l.channel.Confirm(false)
 	}
-	if err = l.channel.Confirm(false); err != nil {
+	if err != nil {
 		return err
 	}
 	var replies, hints <-chan amqp.Delivery
