@@ -17,16 +17,20 @@ class Wire:
         self._writers: list[asyncio.StreamWriter] = []
         self.login = login
         self.accepted = 0
+        self.leads_on = asyncio.Event()  # cleared, new connections are taken and lead nowhere
+        self.leads_on.set()
         self.url = ""
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
+        self._writers.append(writer)
+        await self.leads_on.wait()
         try:
             far_reader, far_writer = await asyncio.open_connection(*self._broker)
         except OSError:
             writer.transport.abort()
             return
-        self._writers += [writer, far_writer]
+        self._writers.append(far_writer)
         await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -19,7 +19,6 @@ import pytest
 from deploy.local import ObjectStore
 from schemas.errors import ModelManagerError
 from tests.amqp import delete_queues, eventually, serving
-from tests.wire import wire
 from worker import app
 from worker.client.amqp_caller import AmqpCaller
 from worker.client.caller import Caller, Unreachable
@@ -70,16 +69,6 @@ async def test_a_repeat_with_the_same_key_has_no_further_effect(amqp_url: str, r
             assert reply["effects"] == 1
 
 
-async def test_no_answer_in_time_is_told_as_such(amqp_url: str, rack: str) -> None:
-    async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
-        with pytest.raises(ModelManagerError) as caught:
-            await caller.call("slow", {}, timeout_s=0.5, idempotency_key="K")
-        assert caught.value.code == "ERR_DEADLINE_EXCEEDED"
-        served.dispatcher.released.set()
-        reply = await caller.call("echo", {"n": 1}, timeout_s=10)
-        assert reply["params"] == {"n": 1}, "the late answer goes to nobody else"
-
-
 async def test_a_rack_without_a_queue_is_told_at_once(amqp_url: str, rack: str) -> None:
     async with serving(amqp_url, rack), calling(amqp_url, "no-such-rack") as caller:
         started = time.monotonic()
@@ -101,37 +90,6 @@ async def test_a_wrong_login_is_told_as_such(amqp_url: str, rack: str) -> None:
         with pytest.raises(ModelManagerError) as caught:
             await caller.call("ping", {}, timeout_s=30)
         assert caught.value.code == "ERR_UNAUTHORIZED"
-
-
-async def test_calls_outlive_a_cut_connection_with_one_effect_each(amqp_url: str, rack: str) -> None:
-    async with serving(amqp_url, rack) as served, wire(amqp_url) as between, calling(between.url, rack) as caller:
-        await caller.call("echo", {}, timeout_s=10)
-        calls = [asyncio.create_task(caller.call("slow", {}, timeout_s=30, idempotency_key=f"K{n}")) for n in range(20)]
-        await eventually(lambda: served.dispatcher.started["slow"] >= 20, "all calls to arrive")
-        between.cut()
-        await eventually(lambda: served.dispatcher.started["slow"] >= 40, "all calls to arrive again")
-        served.dispatcher.released.set()
-        replies = await asyncio.gather(*calls)
-        assert [reply["effects"] for reply in replies] == [1] * 20
-        assert between.accepted == 2
-
-
-async def test_a_connection_that_stays_away_ends_every_waiter(amqp_url: str, rack: str) -> None:
-    async with serving(amqp_url, rack) as served, wire(amqp_url) as between, calling(between.url, rack) as caller:
-        calls = [asyncio.create_task(caller.call("slow", {}, timeout_s=2, idempotency_key=f"K{n}")) for n in range(5)]
-        await eventually(lambda: served.dispatcher.started["slow"] >= 5, "all calls to arrive")
-        between.cut_for_good()
-        outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        assert all(isinstance(outcome, ModelManagerError) and outcome.retryable for outcome in outcomes)
-
-
-async def test_closing_ends_every_waiter(amqp_url: str, rack: str) -> None:
-    async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
-        call = asyncio.create_task(caller.call("slow", {}, timeout_s=30, idempotency_key="K"))
-        await eventually(lambda: served.dispatcher.started["slow"] >= 1, "the call to arrive")
-        await caller.close()
-        with pytest.raises(Unreachable):
-            await call
 
 
 async def test_a_full_queue_is_told_as_overload(amqp_url: str, rack: str) -> None:

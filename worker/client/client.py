@@ -43,10 +43,11 @@ DEFAULT_TIMEOUT_S = 30.0
 class ModelManagerClient:
     """The methods of one rack, as coroutines; any number may be in flight at once, on one connection.
 
-    `timeout_s` is for each answer, retries included; transfers of bytes and jobs take as long as they take. Every method
-    raises ModelManagerError, whose `code` is one of `schemas.errors.ERRORS`; ERR_DEADLINE_EXCEEDED when no answer came in
-    time. What is retryable has been retried by then, always with the same idempotency key, so that a change happens once
-    at most. Name a key yourself to repeat a call after your own restart: the answer is the same for 24 hours.
+    `timeout_s` is for each answer, retries included; transfers of bytes and jobs take as long as they take. Every
+    method raises ModelManagerError, whose `code` is one of `schemas.errors.ERRORS`; ERR_DEADLINE_EXCEEDED if no answer
+    came in time. What is retryable has been retried by then, always with the same idempotency key, so that a change
+    happens once at most. Name a key yourself to repeat a call after your own restart: for 24 hours the answer is the
+    same.
 
     The client owns `caller` and closes it; calls that are in flight then end with ERR_SHUTTING_DOWN.
 
@@ -116,8 +117,10 @@ class ModelManagerClient:
     async def get_model(
         self, model_id: str, version: str | None = None, *, delivery: Literal["auto", "inline", "url"] | None = None
     ) -> GetModelReply:
-        """A version or alias with its bytes. `delivery`: `inline` as base64, `url` to fetch them from, `auto` (the
-        default) inline when they are small. Addresses end at `expiresAt`. `pull` does it all, and verifies.
+        """A version or alias with its bytes.
+
+        `delivery`: `inline` as base64, `url` to fetch them from, `auto` (the default) inline when they are small.
+        Addresses end at `expiresAt`. `pull` does it all, and verifies.
         """
         return cast("GetModelReply", await self.call("getModel", modelId=model_id, version=version, delivery=delivery))
 
@@ -135,9 +138,11 @@ class ModelManagerClient:
         limit: int | None = None,
         cursor: str | None = None,
     ) -> ListReply:
-        """A page of the versions that meet all `criteria`: any metadata member equals, `tags` has all of, `size` `{min,
-        max}`, `createdAt` `{from, to}`, `text` has all words. `sort`: `modelId`, `size`, `createdAt`, `-` for descending.
-        A page may be short, or empty, and still have a `nextCursor`.
+        """A page of the versions that meet all `criteria`.
+
+        Any metadata member equals, `tags` has all, `size` is in `{min, max}`, `createdAt` in `{from, to}`, `text` has
+        all words. `sort`: `modelId`, `size`, `createdAt`, `-` for descending. A page may be short, or empty, and still
+        have a `nextCursor`.
         """
         given = None if criteria is None else dict(criteria)
         reply = await self.call("searchModels", criteria=given, sort=sort, limit=limit, cursor=cursor)
@@ -175,8 +180,9 @@ class ModelManagerClient:
     async def delete_model(
         self, model_id: str, version: str | None = None, *, purge: bool = False, idempotency_key: str | None = None
     ) -> DeleteReply:
-        """Delete a version, or all of them. `restore_model` undoes it until `restorableUntil`; with `purge` nothing does,
-        and the bytes are freed at once.
+        """Delete a version, or all of them.
+
+        `restore_model` undoes it until `restorableUntil`; with `purge` nothing does, and the bytes are freed at once.
         """
         reply = await self.call(
             "deleteModel", modelId=model_id, version=version, purge=purge or None, idempotency_key=idempotency_key
@@ -293,8 +299,10 @@ class ModelManagerClient:
         *,
         idempotency_key: str | None = None,
     ) -> UploadReply:
-        """Begin to bring the bytes of a version: `files` are `{path, size, sha256}`. The reply tells which of them the
-        rack has already, and for the others where to put them or how to cut them into parts. `push` does it all.
+        """Begin to bring the bytes of a version: `files` are `{path, size, sha256}`.
+
+        The reply tells which of them the rack has already, and for the others where to put them or how to cut them
+        into parts. `push` does it all.
         """
         reply = await self.call(
             "createUpload",
@@ -335,8 +343,8 @@ class ModelManagerClient:
     ) -> ChangesReply:
         """The changes beyond `after`, each the object that its hint was; waits for one up to `wait_ms`.
 
-        ERR_CHANGES_GONE: that epoch is over, or the feed no longer reaches back so far; list, and begin at the head that
-        `ping` told before. `follow` asks again and again.
+        ERR_CHANGES_GONE: that epoch is over, or the feed no longer reaches back so far; list, and begin at the head
+        that `ping` told before. `follow` asks again and again.
         """
         reply = await self.call("getChanges", epoch=epoch, after=after, limit=limit, waitMs=wait_ms)
         return cast("ChangesReply", reply)

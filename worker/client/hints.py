@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, cast
 
 import aio_pika
-from aio_pika.abc import AbstractIncomingMessage
+from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AuthenticationError, ProbableAuthenticationError
 from aiormq.exceptions import ChannelAccessRefused
 
@@ -35,20 +37,20 @@ async def hints(url: str, listener: str) -> AsyncIterator[AsyncIterator[Hint]]:
             async for hint in heard:
                 print(hint["type"], hint["subject"], hint["rackseq"])
     """
-    waiting: asyncio.Queue[Hint | None] = asyncio.Queue()
+    waiting: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
     async def take(message: AbstractIncomingMessage) -> None:
         if waiting.qsize() >= _MAX_WAITING:
             waiting.get_nowait()
-        waiting.put_nowait(parse_object(message.body))  # type: ignore[arg-type]
+        with contextlib.suppress(ModelManagerError):  # no JSON, so from nobody we know
+            waiting.put_nowait(parse_object(message.body))
 
     def lost(*_: object) -> None:
         waiting.put_nowait(None)
 
-    connection = None
+    connection = await _connected(url)
     try:
-        async with asyncio.timeout(_CONNECT_S):
-            connection = await aio_pika.connect(url, heartbeat=_HEARTBEAT_S)
+        with _refusals():
             channel = await connection.channel()
             connection.close_callbacks.add(lost)
             channel.close_callbacks.add(lost)
@@ -57,18 +59,29 @@ async def hints(url: str, listener: str) -> AsyncIterator[AsyncIterator[Hint]]:
             await queue.bind(HINTS_EXCHANGE)
             await queue.consume(take, no_ack=True)
         yield _until_lost(waiting)
+    finally:
+        await connection.close()
+
+
+async def _connected(url: str) -> AbstractConnection:
+    with _refusals():
+        async with asyncio.timeout(_CONNECT_S):
+            return await aio_pika.connect(url, heartbeat=_HEARTBEAT_S)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
     except (AuthenticationError, ProbableAuthenticationError):
         raise ModelManagerError("ERR_UNAUTHORIZED", "The broker refuses the login.") from None
     except ChannelAccessRefused:
         raise ModelManagerError("ERR_FORBIDDEN", "The broker does not allow this login to do that.") from None
     except (TimeoutError, *CONNECTION_EXCEPTIONS):
         raise Unreachable("The broker cannot be reached.") from None
-    finally:
-        if connection is not None:
-            await connection.close()
 
 
-async def _until_lost(waiting: asyncio.Queue[Hint | None]) -> AsyncIterator[Hint]:
+async def _until_lost(waiting: asyncio.Queue[dict[str, Any] | None]) -> AsyncIterator[Hint]:
     while (hint := await waiting.get()) is not None:
-        yield hint
+        yield cast("Hint", hint)
     raise Unreachable("The connection to the broker was lost.", passing=True)
