@@ -71,16 +71,6 @@ async def test_a_repeat_with_the_same_key_has_no_further_effect(amqp_url: str, r
             assert reply["effects"] == 1
 
 
-async def test_no_answer_in_time_is_told_as_such(amqp_url: str, rack: str) -> None:
-    async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
-        with pytest.raises(ModelManagerError) as caught:
-            await caller.call("slow", {}, timeout_s=0.5, idempotency_key="K")
-        assert caught.value.code == "ERR_DEADLINE_EXCEEDED"
-        served.dispatcher.released.set()
-        reply = await caller.call("echo", {"n": 1}, timeout_s=10)
-        assert reply["params"] == {"n": 1}, "the late answer goes to nobody else"
-
-
 async def test_a_rack_without_a_queue_is_told_at_once(amqp_url: str, rack: str) -> None:
     async with serving(amqp_url, rack), calling(amqp_url, "no-such-rack") as caller:
         started = time.monotonic()
