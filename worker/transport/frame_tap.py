@@ -37,7 +37,7 @@ class FrameTap(asyncio.StreamReaderProtocol):
         self._event_loop = loop
         self._splitter = FrameSplitter()
         self._takers: dict[int, Taker] = {}
-        self._failed = False
+        self._failed = self._gone = False
         self._sign_of_life = 0.0
         self._pending: list[bytes] = []
         self._before_flush: list[Callable[[], None]] = []
@@ -53,7 +53,10 @@ class FrameTap(asyncio.StreamReaderProtocol):
 
     def take(self, channel: int, taker: Taker) -> None:
         """From now on the frames of this channel go to `taker` and not to aiormq."""
-        self._takers[channel] = taker
+        if self._gone:
+            taker.lost(None)
+        else:
+            self._takers[channel] = taker
 
     def release(self, channel: int) -> None:
         """The channel is closed; its number is free."""
@@ -87,6 +90,7 @@ class FrameTap(asyncio.StreamReaderProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._gone = True
         takers = list(self._takers.values())
         self._takers.clear()
         self._pending.clear()
