@@ -45,6 +45,7 @@ def is_exclusive(reply_to: str) -> bool:
     return reply_to.startswith(EXCLUSIVE_PREFIX)
 
 
+@lru_cache(_ADDRESSES_REMEMBERED)
 def is_permitted(reply_to: str) -> bool:
     """Whether a reply may go there, as far as the form tells."""
     if is_direct(reply_to):
