@@ -36,7 +36,7 @@ def node_program(name: str, folder: Path) -> list[str]:
             for file in ("package.json", "package-lock.json"):
                 shutil.copy(source / file, packages)
             with working(f"fetching the packages of {name}, once"):
-                run([npm, "ci", "--prefix", str(packages), "--ignore-scripts", "--no-audit", "--no-fund"])
+                _run(npm, "ci", "--prefix", str(packages), "--ignore-scripts", "--no-audit", "--no-fund")
             (packages / ".complete").touch()
     # Node looks for packages above the file that imports them.
     for file in (*source.glob("*.mjs"), source / "package.json"):
@@ -57,9 +57,16 @@ def go_program(name: str) -> list[str]:
             program.parent.mkdir(parents=True, exist_ok=True)
             unfinished = program.with_suffix(f".{os.getpid()}")
             with working(f"building the caller in {name}, once"):
-                run([str(go), "build", "-C", str(source), "-o", str(unfinished), "."], GOTOOLCHAIN="local", GOFLAGS="")
+                _run(str(go), "build", "-C", str(source), "-o", str(unfinished), ".", GOTOOLCHAIN="local", GOFLAGS="")
             unfinished.replace(program)
     return [str(program)]
+
+
+def _run(*command: str, **env: str) -> None:
+    try:
+        run(command, **env)
+    except Unavailable as error:
+        raise Unavailable(error.reason, "its packages come from the registry that it is set to") from None
 
 
 def _digest(*files: Path) -> str:
