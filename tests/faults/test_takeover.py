@@ -52,7 +52,7 @@ class Load:
 
     async def _store(self, caller: int) -> None:
         number = 0
-        async with ModelManagerClient(AmqpCaller(self.url, self.rack), timeout_s=3) as client:
+        async with ModelManagerClient(AmqpCaller(self.url, self.rack), timeout_s=30) as client:
             while not self.over:
                 name = f"net-{caller}-{number}"
                 data = base64.b64encode(name.encode()).decode()

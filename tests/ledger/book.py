@@ -16,7 +16,7 @@ from typing import Any
 
 from worker.journal import Entry
 
-CREATES = ("store", "update", "alias", "delete", "restore")
+EFFECTS = ("store", "update", "alias", "delete", "restore")
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ class Ledger:
 
     def check(self, journal: Iterable[Entry], catalog: dict[tuple[str, str], dict[str, Any]]) -> Counter[str]:
         """Compare all three; what is wrong goes to `broken`. The effects by how they were answered."""
-        entries = [entry for entry in journal if entry.op in CREATES]
+        entries = [entry for entry in journal if entry.op in EFFECTS]
         lines = self._lines(entries)
         counts = self._check_requests(lines)
         self._say(lines.keys() - {asked.trace for asked in self.requests}, "an effect is there that nobody asked for")

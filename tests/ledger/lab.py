@@ -37,13 +37,12 @@ _COUNTERS = {
 
 @dataclass
 class Row:
-    """One fault: when, its proof, and the longest time without a success until the next one began."""
+    """One fault: when it began, when callers were answered again, and the proof that it happened."""
 
     name: str
     begun: float
-    proof: str = ""
-    after: int = 0
     ended: float = 0.0
+    proof: str = ""
 
 
 @dataclass

@@ -38,11 +38,15 @@ class Tunnel:
         if not self.silent:
             writer.close()
 
-    def end(self, writer: asyncio.StreamWriter, *, reset: bool = False) -> None:
-        if reset:
-            with contextlib.suppress(OSError):
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        writer.transport.abort() if reset else writer.close()
+
+def _end(writer: asyncio.StreamWriter, *, reset: bool) -> None:
+    """Close a side in an orderly way, or with a reset."""
+    if not reset:
+        writer.close()
+        return
+    with contextlib.suppress(OSError):
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    writer.transport.abort()
 
 
 class Proxy:
@@ -75,18 +79,18 @@ class Proxy:
     ) -> None:
         self._server.close()
         for tunnel in [*self._tunnels, *self._silent]:
-            tunnel.end(tunnel.near, reset=True)
-            tunnel.end(tunnel.far, reset=True)
+            _end(tunnel.near, reset=True)
+            _end(tunnel.far, reset=True)
 
     # --- what is done to all that are connected ---
 
     def cut(self) -> None:
         """Both sides see an orderly end, in the middle of whatever it is."""
-        self._end("cut", reset=False)
+        self._end_all("cut", reset=False)
 
     def reset(self) -> None:
         """Both sides see a reset."""
-        self._end("reset", reset=True)
+        self._end_all("reset", reset=True)
 
     def half_open(self, dead: Literal["near", "far"]) -> None:
         """The side that is `dead` sees a reset; to the other one the connection stands, and nobody is there.
@@ -95,7 +99,7 @@ class Proxy:
         """
         for tunnel in list(self._tunnels):
             tunnel.silent = True
-            tunnel.end(tunnel.near if dead == "near" else tunnel.far, reset=True)
+            _end(tunnel.near if dead == "near" else tunnel.far, reset=True)
             self._tunnels.discard(tunnel)
             self._silent.add(tunnel)
             self.counts["half-opened"] += 1
@@ -118,10 +122,10 @@ class Proxy:
         finally:
             self.bytes_per_s = None
 
-    def _end(self, what: str, *, reset: bool) -> None:
+    def _end_all(self, what: str, *, reset: bool) -> None:
         for tunnel in list(self._tunnels):
-            tunnel.end(tunnel.near, reset=reset)
-            tunnel.end(tunnel.far, reset=reset)
+            _end(tunnel.near, reset=reset)
+            _end(tunnel.far, reset=reset)
             self.counts[what] += 1
 
     # --- a connection ---
