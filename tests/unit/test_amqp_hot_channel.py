@@ -8,9 +8,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pamqp.commands
 import pamqp.frame
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pamqp.body import ContentBody
 from pamqp.commands import Basic, Channel
@@ -251,12 +252,17 @@ async def test_a_bad_frame_ends_the_connection_with_its_reason(bad: Callable[[],
         opened.channel.ack(1)
 
 
-@given(st.data())
-def test_frames_at_random_end_at_most_the_connection(data: st.DataObject) -> None:
+METHODS = st.sampled_from([kind.index.to_bytes(4, "big") for kind in pamqp.commands.INDEX_MAPPING.values()])
+PAYLOADS = st.builds(bytes.__add__, METHODS | st.just(b""), st.binary(max_size=60))
+
+
+@given(st.lists(st.tuples(st.integers(1, 8), PAYLOADS), min_size=1, max_size=6))
+@settings(max_examples=300)
+def test_frames_at_random_end_at_most_the_connection(frames: list[tuple[int, bytes]]) -> None:
     async def fuzz() -> None:
         opened = await Opened().open()
-        for _ in range(data.draw(st.integers(1, 6))):
-            opened.tap.data_received(frame(data.draw(st.integers(1, 8)), 2047, data.draw(st.binary(max_size=60))))
+        for kind, payload in frames:
+            opened.tap.data_received(frame(kind, 2047, payload))
         opened.deliver(1)
         assert opened.delivered or opened.channel.is_closed or isinstance(opened.reader.exception(), BadFrameError)
 

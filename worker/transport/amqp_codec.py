@@ -76,8 +76,8 @@ class FrameSplitter:
             self._rest.clear()
         frames = []
         at, size = 0, len(data)
-        self._needed = FRAME_OVERHEAD
-        while size - at >= FRAME_OVERHEAD:
+        self._needed = _FRAME_HEAD.size
+        while size - at >= _FRAME_HEAD.size:
             kind, channel, length = _FRAME_HEAD.unpack_from(data, at)
             if kind > HEARTBEAT or length > MAX_FRAME_BYTES:
                 raise BadFrameError(f"a frame of type {kind} and {length} bytes")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,7 +68,6 @@ class HotChannel:
         self._number = 0
         self._closed: str | None = None  # why
         self._answer: asyncio.Future[Frame] | None = None
-        self._asking = asyncio.Lock()
         self._method: codec.Deliver | None = None  # of the content under way; None: it is a returned message
         self._header: tuple[int, Basic.Properties] | None = None
         self._body: list[bytes] = []
@@ -99,12 +99,16 @@ class HotChannel:
             await self.call(Confirm.Select())
 
     async def call(self, method: Frame) -> Frame:
-        """Send a synchronous method; its answer. LinkLostError: there is none within `ANSWER_TIMEOUT_S`."""
+        """Send a synchronous method; its answer. One at a time.
+
+        LinkLostError: there is no answer within `ANSWER_TIMEOUT_S`.
+        """
+        self._check_open()
+        assert self._answer is None
+        self._answer = asyncio.get_running_loop().create_future()
+        self._tap.send(pamqp.frame.marshal(method, self._number))
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S), self._asking:
-                self._check_open()
-                self._answer = asyncio.get_running_loop().create_future()
-                self._tap.send(pamqp.frame.marshal(method, self._number))
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 answer = await self._answer
         except TimeoutError:
             self._abandon()
@@ -155,7 +159,7 @@ class HotChannel:
         if count:
             self._tap.send(codec.encode_ack(self._number, last, multiple=count > 1))
         for tag in sorted(self._acked):
-            del self._unsettled[tag]
+            self._unsettled.pop(tag, None)
             if tag > last:
                 self._tap.send(codec.encode_ack(self._number, tag))
         self._acked.clear()
@@ -291,7 +295,7 @@ class HotChannel:
     def _on_rare_method(self, payload: bytes) -> None:
         try:
             _, _, method = pamqp.frame.unmarshal(codec.frame(codec.METHOD, self._number, payload))
-        except (PAMQPException, ValueError, KeyError) as error:
+        except (PAMQPException, ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
             raise BadFrameError(f"a method that cannot be read: {type(error).__name__}") from None
         match method:
             case Channel.Close():

@@ -165,7 +165,7 @@ class Publisher:
         """Answer `request`. A requester that has gone is counted, and no failure.
 
         A direct reply is written with the next `flush`, any other one is confirmed. LinkLostError: not sent within
-        `PATIENCE_S`, or nobody knows.
+        `PATIENCE_S` after it failed once, or nobody knows.
         """
         publish = self._reply_directly if is_direct(request.reply_to) else self._reply_to_queue
         if self.usable:  # as nearly always, and then there is no need of a timer
@@ -182,8 +182,8 @@ class Publisher:
 
     async def _reply_to_queue(self, request: Request, body: bytes) -> None:
         started = time.monotonic()
+        channel = await self._named.channel()
         try:
-            channel = await self._named.channel()
             routed = await channel.confirmed(_send(channel, request, body, mandatory=True))
         except LinkLostError:
             self._observer.publish_failed()
