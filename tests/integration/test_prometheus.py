@@ -90,10 +90,9 @@ def test_prometheus_with_the_shipped_configuration_sees_the_worker_up(service: S
         [target] = prometheus.ask("targets")["activeTargets"]
         assert target["scrapeUrl"] == f"{service.url}/metrics"
         assert target["labels"]["job"] == "model-manager"
-        [up] = prometheus.ask("query?query=up")["result"]
-        assert up["value"][1] == "1"
-        seen = prometheus.ask("label/__name__/values")
-        assert any(name.startswith("model_manager_") for name in seen)
+        # A sample can be asked for a moment after the target is known to be up.
+        wait_until(lambda: [each["value"][1] for each in prometheus.query("up")] == ["1"], "the sample of a target up")
+        wait_until(lambda: prometheus.query("model_manager_ready"), "the worker's own metrics")
         rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
         assert len(rules) > 10
         assert {rule["state"] for rule in rules if rule["name"] != "ModelManagerChecksumMismatch"} == {"inactive"}
