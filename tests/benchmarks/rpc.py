@@ -31,6 +31,7 @@ from tests.benchmarks.table import Table, Target, microseconds, milliseconds, ra
 from worker.transport.topology import provision, request_queue
 
 LOOKUP, FRAMEWORK = Target(0.8, 2.5), Target(1.5, 1.5)
+FLAT = Target(1.05, 1.01, at_most=True)
 WORKER, BARE, PATTERNS = "worker", "bare aio-pika", "aio_pika.patterns.RPC"
 # In flight, and whether replies come directly or to an exclusive queue.
 CASES = ((1, False), (32, False), (32, True), (256, False))
@@ -182,14 +183,19 @@ def _measured(caller: RpcCaller, responder: Responder, services: Services, in_fl
 
 def _memory(bench: Bench, worker: Worker, params: dict[str, Any]) -> Table:
     """What many lookups leave behind; the first ones, which fill caches and pools, do not count."""
-    table = Table("Memory of the worker over many lookups, 64 in flight", ["requests", "MiB before", "MiB after"])
+    table = Table(
+        "Memory of the worker over many lookups, 64 in flight", ["requests", "MiB before", "MiB after", "growth"]
+    )
     process = psutil.Process(worker.pid)
-    for direct in (False, True):
+    for direct, requests in ((False, bench.pick(1_000_000, 10_000)), (True, bench.pick(100_000, 10_000))):
         with RpcCaller(bench.services.broker.url, worker.rack, "getModelMetadata", params, direct=direct) as caller:
             caller.closed_loop(64, seconds=_SETTLING_S)
             before, count = process.memory_info().rss, 0
-            while count < bench.pick(100_000, 10_000):
+            while count < requests:
                 count += len(caller.closed_loop(64, seconds=1.0).latencies)
-        sizes = [f"{size / 1024**2:.1f}" for size in (before, process.memory_info().rss)]
-        table.add(f"{count:,}, replies {'direct' if direct else 'by queue'}", *sizes)
+        after = process.memory_info().rss
+        what = f"{count:,}, replies {'direct' if direct else 'by queue'}"
+        sizes = (f"{size / 1024**2:.1f}" for size in (before, after))
+        growth = after / before
+        table.add(what, *sizes, times(growth), value=growth, target=FLAT, judged_as=f"memory after {what}")
     return table

@@ -66,26 +66,23 @@ class Expectation:
 async def blocks(
     chunks: AsyncIterator[bytes], block_bytes: int, expectation: Expectation
 ) -> AsyncGenerator[Block, None]:
-    """The bytes of `chunks`, admitted as they come, in blocks of `block_bytes` but the last. Holds one block.
+    """The bytes of `chunks`, admitted as they come, in blocks of `block_bytes` but the last. Holds one at most.
 
-    A block is filled in place: gathering chunks and joining them would hold its bytes twice.
+    A block grows in place: gathering chunks and joining them would hold its bytes twice.
     """
-    block, filled = bytearray(block_bytes), 0
+    block = bytearray()
     async for chunk in chunks:
         expectation.admit(len(chunk))
-        if not filled and len(chunk) == block_bytes:
+        if not block and len(chunk) == block_bytes:
             yield chunk
             continue
         view = memoryview(chunk)
         while view:
-            taken = view[: block_bytes - filled]
-            # Through a view: a slice of the bytearray itself would first make a copy of what is put in.
-            memoryview(block)[filled : filled + len(taken)] = taken
-            filled += len(taken)
-            view = view[len(taken) :]
-            if filled == block_bytes:
+            room = block_bytes - len(block)
+            block += view[:room]
+            view = view[room:]
+            if len(block) == block_bytes:
                 yield block
-                block, filled = bytearray(block_bytes), 0
-    if filled:
-        del block[filled:]
+                block = bytearray()
+    if block:
         yield block

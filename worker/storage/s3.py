@@ -34,7 +34,7 @@ from worker.storage.hashing import Expectation, blocks
 from worker.storage.retrying import attempts
 from worker.storage.s3_client import PartRefused, S3Calls, UploadGone, make_client
 from worker.storage.s3_layout import part_size_for
-from worker.storage.s3_stream import StreamUpload
+from worker.storage.s3_stream import PARTS_OF_ALL, StreamUpload
 from worker.storage.s3_uploads import S3DirectUploads
 
 _RANGE_BYTES = 8 * 1024 * 1024
@@ -62,6 +62,7 @@ class S3Store:
             endpoint_url=endpoint_url, bucket=bucket, region=region, timeout_s=timeout_s, observe=observe
         )
         self._observe = observe
+        self._parts = asyncio.Semaphore(PARTS_OF_ALL)
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._signer = make_client(public_endpoint_url or endpoint_url, region, timeout_s)
@@ -91,7 +92,9 @@ class S3Store:
         with observed(self._calls.observe, "put"):
             expectation = Expectation(size, sha256, max_size)
             part_size = part_size_for(max_size if size is None else size)
-            upload = StreamUpload(self._calls, self._prefix + key, info, expectation, declared=(size, sha256))
+            upload = StreamUpload(
+                self._calls, self._prefix + key, info, expectation, declared=(size, sha256), shared=self._parts
+            )
             try:
                 async for block in blocks(chunks, part_size, expectation):
                     await upload.add(block)

@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _PARTS_AT_ONCE = 4
+# Of all streams together: a part lies in memory until the store has it.
+PARTS_OF_ALL = 8
 _COPY_BYTES_MAX = 5 * 1024**3
 _COPY_PART_BYTES = 1024**3
 
 
 class StreamUpload:
-    """One put. `name` is the object's whole key; `declared` are size and sha256 as far as they are known."""
+    """One put. `name` is the object's whole key; `declared` are size and sha256 as far as they are known. `shared` are
+    the places for parts on their way that all streams of a store have together."""
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class StreamUpload:
         expectation: Expectation,
         *,
         declared: tuple[int | None, str | None],
+        shared: asyncio.Semaphore,
     ) -> None:
         self._calls = calls
         self._name = name
@@ -54,6 +58,7 @@ class StreamUpload:
         self._id: str | None = None
         self._number = 0
         self._places = asyncio.Semaphore(_PARTS_AT_ONCE)
+        self._shared = shared
         self._tasks: list[asyncio.Task[CompletedPartTypeDef]] = []
         self._hashing: asyncio.Future[None] | None = None
         self._pending = Pending()
@@ -82,8 +87,15 @@ class StreamUpload:
         failed = next((task for task in self._tasks if task.done() and task.exception() is not None), None)
         if failed is not None:
             await failed
+        await self._shared.acquire()
         self._number += 1
-        self._tasks.append(asyncio.create_task(self._part(self._number, block)))
+        task = asyncio.create_task(self._part(self._number, block))
+        task.add_done_callback(self._part_done)  # also of one that is cancelled before it starts
+        self._tasks.append(task)
+
+    def _part_done(self, _: asyncio.Task[CompletedPartTypeDef]) -> None:
+        self._shared.release()
+        self._places.release()
 
     async def finish(self) -> StoredBlob:
         if self._hashing is not None:
@@ -206,12 +218,9 @@ class StreamUpload:
             )
             return {"PartNumber": number, "ETag": done["ETag"], "ChecksumCRC32": crc}
 
-        try:
-            part = await self._repeat("put_part", call)
-            self._calls.observe.bytes_moved("in", len(block))
-            return part
-        finally:
-            self._places.release()
+        part = await self._repeat("put_part", call)
+        self._calls.observe.bytes_moved("in", len(block))
+        return part
 
     async def _complete(self, parts: list[CompletedPartTypeDef], sha256: str) -> None:
         def call() -> None:
