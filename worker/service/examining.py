@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from schemas.findings import Finding
 from schemas.journal import StoredFile
 from worker.policy import Policy
 from worker.storage.blobstore import BlobStore
+from worker.storage.threads import byte_threads
 from worker.validation.registry import examine, refusal
 from worker.validation.source import Source
 
@@ -23,7 +23,7 @@ class Examining:
     def __init__(self, store: BlobStore, policy: Policy) -> None:
         self._store = store
         self._policy = policy
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="validation")
+        self._threads = byte_threads("validation", _THREADS)
 
     def stored(self, files: Iterable[StoredFile]) -> list[tuple[str, Source]]:
         """Stored files, as the hooks read them."""

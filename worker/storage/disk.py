@@ -14,7 +14,6 @@ import hashlib
 import os
 import stat
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -35,13 +34,13 @@ from worker.storage.blobstore import (
 from worker.storage.disk_files import NewFile, make_folder, open_blob, replace
 from worker.storage.hashing import Expectation, blocks
 from worker.storage.pending import Pending
+from worker.storage.threads import byte_threads
 
 _T = TypeVar("_T")
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _BLOCK_BYTES = 1024 * 1024
 _HASH_BLOCK_BYTES = 4 * 1024 * 1024
-_THREADS = 8
 
 
 class DiskStore:
@@ -53,9 +52,9 @@ class DiskStore:
     def __init__(self, root: Path, *, observe: StoreObserver = UNOBSERVED) -> None:
         self._root = root
         self._observe = observe
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="disk")
+        self._threads = byte_threads("disk")
         # Hashing and writing of one put overlap, so they must not wait for each other's threads.
-        self._hashers = ThreadPoolExecutor(_THREADS, thread_name_prefix="sha256")
+        self._hashers = byte_threads("sha256")
 
     def new_key(self) -> str:
         return f"blobs/{new_ulid()}"

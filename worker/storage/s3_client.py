@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
@@ -19,6 +18,7 @@ from urllib3.exceptions import HTTPError
 
 from schemas.errors import ModelManagerError
 from worker.storage.blobstore import BlobMissing, StoreObserver
+from worker.storage.threads import byte_threads
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -27,7 +27,6 @@ _T = TypeVar("_T")
 
 THREADS = 16
 LEAVE_S = 5.0
-_WORKERS = 8
 _MODELS = Loader()  # keeps the description of the service, which takes 0.1 s to parse
 
 _MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
@@ -56,8 +55,8 @@ class S3Calls:
         self.bucket = bucket
         self.observe = observe
         self.client = make_client(endpoint_url, region, timeout_s)
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s3")
-        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="sha256")
+        self._threads = byte_threads("s3", THREADS)
+        self._workers = byte_threads("sha256")
         self._left: set[asyncio.Task[None]] = set()
 
     async def run(self, call: Callable[[], _T], *, key: str = "") -> _T:

@@ -1,0 +1,25 @@
+"""Threads for the bytes of models: as many as there are processors, and behind the event loop in the queue for them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+_THREADS = max(2, min(8, os.cpu_count() or 2))
+_NICENESS = 10
+
+
+def byte_threads(name: str, count: int = _THREADS) -> ThreadPoolExecutor:
+    """A pool whose threads make way for the event loop: with eight stores at once the median of lookups was seen to be
+    eight times as long without that. Linux alone knows a priority of threads; elsewhere they have that of the process.
+    """
+    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=_make_way)
+
+
+def _make_way() -> None:
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
