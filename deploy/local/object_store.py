@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
+from testcontainers.core.wait_strategies import HttpWaitStrategy
+
 from deploy.local.console import say
 from deploy.local.container import Container, require_image
 from deploy.local.identity import recall, recall_ports
@@ -21,6 +23,7 @@ from deploy.local.server import Given, Server, Source, Unavailable, wait_until_r
 URL_VARIABLE = "MODEL_MANAGER_STORAGE__S3__ENDPOINT_URL"
 IMAGE_VARIABLE = "OBJECT_STORE_IMAGE"
 REGION = "us-east-1"
+HEALTH = "/minio/health/cluster"
 READY_S = 60.0
 GIVEN_READY_S = 10.0
 STOP_S = 20.0
@@ -130,6 +133,7 @@ def in_container(folder: Path, *, keep: bool) -> ObjectStore:
         folder=folder,
         port=9000,
         host_port=port,
+        ready=HttpWaitStrategy(9000, HEALTH),
         command="server /data",
         env=env,
         data="/data" if keep else None,
@@ -179,7 +183,7 @@ def answers(url: str, *, any_status: bool) -> bool:
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=2)
     try:
-        connection.request("GET", "/minio/health/cluster")
+        connection.request("GET", HEALTH)
         return any_status or connection.getresponse().status == http.client.OK
     except (OSError, http.client.HTTPException):
         return False
