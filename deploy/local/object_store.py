@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
-from testcontainers.core.wait_strategies import HttpWaitStrategy
+from testcontainers.core.wait_strategies import LogMessageWaitStrategy
 
 from deploy.local.console import say
 from deploy.local.container import Container, require_image
@@ -23,7 +23,6 @@ from deploy.local.server import Given, Server, Source, Unavailable, wait_until_r
 URL_VARIABLE = "MODEL_MANAGER_STORAGE__S3__ENDPOINT_URL"
 IMAGE_VARIABLE = "OBJECT_STORE_IMAGE"
 REGION = "us-east-1"
-HEALTH = "/minio/health/cluster"
 READY_S = 60.0
 GIVEN_READY_S = 10.0
 STOP_S = 20.0
@@ -133,7 +132,8 @@ def in_container(folder: Path, *, keep: bool) -> ObjectStore:
         folder=folder,
         port=9000,
         host_port=port,
-        ready=HttpWaitStrategy(9000, HEALTH),
+        # Not its strategy for HTTP, which looks for the port on a bridge where we publish it on loopback only.
+        ready=LogMessageWaitStrategy("API: http"),
         command="server /data",
         env=env,
         data="/data" if keep else None,
@@ -183,7 +183,7 @@ def answers(url: str, *, any_status: bool) -> bool:
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=2)
     try:
-        connection.request("GET", HEALTH)
+        connection.request("GET", "/minio/health/cluster")
         return any_status or connection.getresponse().status == http.client.OK
     except (OSError, http.client.HTTPException):
         return False
