@@ -4,6 +4,7 @@ RACK ?= rack-1
 STORAGE ?= s3
 JOBS ?= 3
 IMAGES ?= rabbitmq object-store prometheus
+TESTS ?=
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
@@ -23,7 +24,7 @@ test: .venv/.synced ## Run all tests, against a real RabbitMQ and a real S3 stor
 	@exec $(PYTHON) -m pytest -n $(JOBS) --dist loadfile
 
 test-docker: .venv/.synced ## Run the tests that need services against containers (names of images: see `images`)
-	@LOCAL_SERVICES=docker exec $(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m 'broker or s3 or docker'
+	@LOCAL_SERVICES=docker exec $(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m 'broker or s3 or docker' $(TESTS)
 
 # As root, with debootstrap and a Docker daemon; an image that the environment names gets that name.
 images: .venv/.synced ## Make the images of the services from Debian's packages, and data/images with their names
