@@ -3,11 +3,13 @@
 RACK ?= rack-1
 STORAGE ?= s3
 JOBS ?= 3
+IMAGES ?= rabbitmq object-store prometheus
+TESTS ?=
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run serve test test-docker lint bench crash ledger mutations schemas clean
+.PHONY: help run serve test test-docker images lint bench crash ledger mutations schemas clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,8 +23,14 @@ serve: .venv/.synced ## Start the standalone HTTP service: no broker, models in 
 test: .venv/.synced ## Run all tests, against a real RabbitMQ and a real S3 store
 	@exec $(PYTHON) -m pytest -n $(JOBS) --dist loadfile
 
-test-docker: .venv/.synced ## Run the tests that need services against containers (OBJECT_STORE_IMAGE=... for S3)
-	@LOCAL_SERVICES=docker exec $(PYTHON) -m pytest -m 'broker or s3 or docker'
+test-docker: .venv/.synced ## Run the tests that need services against containers (names of images: see `images`)
+	@LOCAL_SERVICES=docker exec $(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m 'broker or s3 or docker' $(TESTS)
+
+# As root, with debootstrap and a Docker daemon; an image that the environment names gets that name.
+images: .venv/.synced ## Make the images of the services from Debian's packages, and data/images with their names
+	@mkdir -p data
+	@deploy/images/from-debian.sh $(IMAGES) >data/images.new && mv data/images.new data/images
+	@echo 'made; their names, for make test-docker and compose: . data/images'
 
 lint: .venv/.synced ## Check style, types and the direction of imports
 	@.venv/bin/ruff check

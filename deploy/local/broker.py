@@ -12,6 +12,8 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
+from testcontainers.core.wait_strategies import LogMessageWaitStrategy
+
 from deploy.local import native_broker
 from deploy.local.console import say
 from deploy.local.container import Container, require_image
@@ -118,7 +120,14 @@ def in_container(folder: Path, *, keep: bool) -> RabbitMQ:
     image = os.environ.get(IMAGE_VARIABLE) or IMAGE
     require_image(image)
     port = recall_ports(folder / "ports.json", "amqp")["amqp"]
-    server = Container(image, folder=folder, port=5672, host_port=port, data="/var/lib/rabbitmq" if keep else None)
+    server = Container(
+        image,
+        folder=folder,
+        port=5672,
+        host_port=port,
+        ready=LogMessageWaitStrategy("Server startup complete"),
+        data="/var/lib/rabbitmq" if keep else None,
+    )
 
     def control(arguments: Sequence[str]) -> str:
         code, output = server.run(["rabbitmqctl", *arguments])

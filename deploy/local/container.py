@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.docker_client import DockerClient
+from testcontainers.core.waiting_utils import WaitStrategy
 
-from deploy.local.console import working
-from deploy.local.server import Unavailable
+from deploy.local.console import say, working
+from deploy.local.server import NotStarted, Unavailable
 
 DAEMON_ANSWERS_S = 10
 STOP_S = 30
@@ -41,11 +43,23 @@ def ping() -> Any:
 def require_image(image: str) -> None:
     """Returns when a daemon answers and has the image, pulled if it has to be. Raises `Unavailable` otherwise."""
     client = ping()
+    find_or_pull(client, image)
+    reaper = testcontainers_config.ryuk_image
+    if testcontainers_config.ryuk_disabled:
+        return
+    try:
+        find_or_pull(client, reaper)
+    except Unavailable as error:
+        testcontainers_config.ryuk_disabled = True
+        say(f"{error.reason}: if this run is killed, its containers stay, until `docker rm` ends them")
+
+
+def find_or_pull(client: Any, image: str) -> None:
     try:
         if client.images.list(name=image):
             return
         with working(f"pulling the image {image}"):
-            DockerClient().client.images.pull(image)
+            DockerClient().client.images.pull(image)  # which takes longer than `client` waits
     except docker_errors() as error:
         raise Unavailable(f"the image {image} cannot be pulled", "name another one, or pull it by hand") from error
 
@@ -67,6 +81,8 @@ def build_worker_image(tag: str, *, base: str | None = None) -> str:
 class Container:
     """Implements `Server`. Its port is published on the loopback interface only.
 
+    Its first start waits until it is `ready`.
+
     With `data`, a folder inside the container, its data lie in a named volume that outlives it and belongs to `folder`.
     """
 
@@ -77,6 +93,7 @@ class Container:
         folder: Path,
         port: int,
         host_port: int,
+        ready: WaitStrategy,
         command: str | None = None,
         env: Mapping[str, str] | None = None,
         data: str | None = None,
@@ -88,6 +105,7 @@ class Container:
         if data is not None:
             name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
             self._container.with_volume_mapping(f"model-manager-{name}", data, "rw")
+        self._container.waiting_for(ready)
         self._created = False
 
     def start(self) -> None:
@@ -95,7 +113,10 @@ class Container:
             self._container.get_wrapped_container().start()
         else:
             self._created = True
-            self._container.start()
+            try:
+                self._container.start()
+            except (TimeoutError, RuntimeError, *docker_errors()) as error:
+                raise NotStarted(f"a container of {self._container.image}: {error}") from error
 
     def stop(self) -> None:
         if self._created:

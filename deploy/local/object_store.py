@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
+from testcontainers.core.wait_strategies import LogMessageWaitStrategy
+
 from deploy.local.console import say
 from deploy.local.container import Container, require_image
 from deploy.local.identity import recall, recall_ports
@@ -130,6 +132,8 @@ def in_container(folder: Path, *, keep: bool) -> ObjectStore:
         folder=folder,
         port=9000,
         host_port=port,
+        # Not its strategy for HTTP, which looks for the port on a bridge where we publish it on loopback only.
+        ready=LogMessageWaitStrategy("API: http"),
         command="server /data",
         env=env,
         data="/data" if keep else None,

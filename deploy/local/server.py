@@ -37,7 +37,7 @@ class Server(Protocol):
     """One server that can be ended and started again at the same address with the same data."""
 
     def start(self) -> None:
-        """Starts it, without waiting until it answers. No effect while it runs."""
+        """Starts it; it may answer only later. No effect while it runs. Raises `NotStarted`."""
 
     def stop(self) -> None:
         """Asks it to end in order and returns when it has; what does not end in time is killed."""
