@@ -103,7 +103,10 @@ class ApiServer:
                 return dict(json.loads(answer.read()))
         except urllib.error.HTTPError as error:
             with error:
-                raise Refused(str(json.loads(error.read())["message"])) from None
+                said = error.read()
+            # A path that is not served yet is answered in plain text.
+            told = json.loads(said)["message"] if said.startswith(b"{") else said.decode()
+            raise Refused(str(told)) from None
 
     def _until(self, ask: Callable[[], object], otherwise: str) -> None:
         deadline = time.monotonic() + READY_S
