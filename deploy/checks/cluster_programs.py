@@ -70,16 +70,18 @@ def _build(folder: Path, module: str, main: str, flags: str) -> None:
     if go is None:
         raise Unavailable("there is no Go on this machine", "install Go 1.24 or later")
     env = {"GOPATH": str(folder / "path"), "GOCACHE": str(folder / "cache"), "GOTOOLCHAIN": "local", "CGO_ENABLED": "0"}
+    source = folder / "source"
 
     def call(verb: str, *words: str) -> None:
-        run([str(go), *verb.split(), *words], folder=folder, **env, GOFLAGS="-modcacherw")
+        run([str(go), *verb.split(), *words], folder=source, **env, GOFLAGS="-modcacherw")
 
-    (folder / "main.go").write_text(main)
-    (folder / "go.mod").write_text("module program\n\ngo 1.24.0\n")
+    source.mkdir()
+    (source / "main.go").write_text(main)
+    (source / "go.mod").write_text("module program\n\ngo 1.24.0\n")
     call("mod download", module)
     call("mod edit", f"-require={module}", *_neighbours(folder / "path", module))
     call("mod tidy")
-    call("build", "-trimpath", "-buildvcs=false", f"-ldflags={flags}", "-o", "program", ".")
+    call("build", "-trimpath", "-buildvcs=false", f"-ldflags={flags}", "-o", "../program", ".")
 
 
 def _neighbours(path: Path, module: str) -> list[str]:
