@@ -88,7 +88,7 @@ def unit_is_good() -> tuple[int, str]:
 
 
 def image_is_good(dockerfile: Path) -> tuple[int, str]:
-    return ran([hadolint(), "--no-color", dockerfile])
+    return ran([hadolint(), "--no-color", "--config", DEPLOY / "hadolint.yaml", dockerfile])
 
 
 def ran(command: Sequence[str | Path], *, folder: Path = DEPLOY, given: str = "") -> tuple[int, str]:
