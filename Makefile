@@ -9,7 +9,7 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run serve test test-docker images lint bench crash ledger mutations schemas clean
+.PHONY: help run serve test test-docker images lint lint-deploy dry-run bench crash ledger mutations schemas clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,12 @@ lint: .venv/.synced ## Check style, types and the direction of imports
 	@.venv/bin/mypy -p worker -p schemas -p deploy
 	@.venv/bin/lint-imports
 
+lint-deploy: .venv/.synced ## Check what is in deploy/: promtool, kubeconform, systemd-analyze, hadolint
+	@$(PYTHON) -m deploy.checks
+
+dry-run: .venv/.synced ## Show deploy/kubernetes to a real API server, built with Go in some minutes, once
+	@$(PYTHON) -m deploy.checks.api_server
+
 bench: .venv/.synced ## Measure against the numbers that are promised
 	@exec $(PYTHON) -m tests.benchmarks
 
@@ -51,8 +57,9 @@ ledger: .venv/.synced ## Cut, freeze and kill all there is between callers and r
 mutations: .venv/.synced ## Take away each sync, rename and checksum of the journal: some test must notice
 	@exec $(PYTHON) -m tests.crash.mutations
 
-schemas: .venv/.synced ## Write the generated documents of schemas/ anew
+schemas: .venv/.synced ## Write the generated documents anew
 	@$(PYTHON) -m schemas.documents
+	@$(PYTHON) -m deploy.checks.rules
 
 clean: ## Remove data/local*, the virtual environment and all caches in this folder
 	rm -rf data/local data/local-* .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

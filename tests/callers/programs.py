@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deploy.local.cache import cache, lock
 from deploy.local.console import working
-from deploy.local.minio import go_of_machine, run
+from deploy.local.golang import go_of_machine, run
 from deploy.local.server import Unavailable
 
 HERE = Path(__file__).parent

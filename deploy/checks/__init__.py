@@ -1,0 +1,1 @@
+"""Checks of what lies in `deploy/`, with the tools of each field; `make lint-deploy` runs them."""
