@@ -25,6 +25,7 @@ from aio_pika.exceptions import (
     PublishError,
 )
 from aiormq.exceptions import ChannelAccessRefused
+from yarl import URL
 
 from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
@@ -48,7 +49,7 @@ _CLOSED = "This caller is closed."
 class _Link:
     """A connection with its reply queue. `waiters` are by correlation id, which is new for each request.
 
-    `late` is called for a reply that nobody waits for.
+    `late` is called for a reply that nobody waits for. `user_id` is the login, as far as the address tells it.
     """
 
     connection: AbstractConnection
@@ -56,6 +57,7 @@ class _Link:
     exchange: AbstractExchange
     reply_to: str
     late: Callable[[], None]
+    user_id: str | None
     waiters: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)
     lost: bool = False
     watching: asyncio.Task[None] | None = None
@@ -187,7 +189,7 @@ class AmqpCaller:
         waiter: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         link.waiters[correlation_id] = waiter
         try:
-            await self._publish(link, request, request.message(link.reply_to, correlation_id), waiter)
+            await self._publish(link, request, request.message(link, correlation_id), waiter)
             reply = await waiter
         finally:
             del link.waiters[correlation_id]
@@ -283,7 +285,7 @@ class AmqpCaller:
                 channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
                 exchange = await channel.get_exchange(RPC_EXCHANGE, ensure=True)
                 replies = await channel.declare_queue(exclusive=True, auto_delete=True)
-                link = _Link(connection, channel, exchange, replies.name, self._late)
+                link = _Link(connection, channel, exchange, replies.name, self._late, login_of(self._url))
                 connection.close_callbacks.add(link.lose)
                 channel.close_callbacks.add(link.lose)
                 # The broker cancels the consumer when the reply queue goes, as with its node: no answer would come.
@@ -308,7 +310,7 @@ class _Request:
     deadline: float
     taken: bool = False
 
-    def message(self, reply_to: str, correlation_id: str) -> aio_pika.Message:
+    def message(self, link: _Link, correlation_id: str) -> aio_pika.Message:
         left_s = min(max(self.deadline - time.monotonic(), 0.001), _LONGEST_S)
         headers: dict[str, str | int] = {"x-deadline": int((time.time() + left_s) * 1000)}
         if self.key is not None:
@@ -319,13 +321,22 @@ class _Request:
             self.body,
             content_type="application/json",
             type=self.method,
-            reply_to=reply_to,
+            reply_to=link.reply_to,
             correlation_id=correlation_id,
+            user_id=link.user_id,  # the broker refuses any but the login, so the worker can trust it
             message_id=new_ulid(),  # new for each publish: returns are matched by it
             expiration=left_s,
             headers=dict(headers),
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT if effect else aio_pika.DeliveryMode.NOT_PERSISTENT,
         )
+
+
+def login_of(url: str) -> str | None:
+    """The user an address logs in as; None where a certificate says so and the address does not."""
+    parts = URL(url)
+    if parts.query.get("auth", "").upper() == "EXTERNAL":
+        return parts.user
+    return parts.user or "guest"
 
 
 def _link_of(opening: asyncio.Task[_Link] | None) -> _Link | None:
