@@ -20,9 +20,7 @@ Passwords = Annotated[
 ]
 
 
-def print_definitions(
-    ctx: typer.Context, rack: Racks, vhost: Vhost = None, passwords: Passwords = None
-) -> None:
+def print_definitions(ctx: typer.Context, rack: Racks, vhost: Vhost = None, passwords: Passwords = None) -> None:
     """Print RabbitMQ's definitions: the topology, a user for each role, their permissions.
 
     Without --passwords no user can log in by password. With it the output holds hashes of them: keep it to yourself.
