@@ -1,9 +1,9 @@
 """Real services for the tests that ask for them, started once a session and ended with it.
 
 A test that uses `amqp_url`, `rabbitmq` or `broker_in` is marked `broker`, one that uses `s3_bucket`, `s3_client` or
-`object_store` is marked `s3`. Where a service cannot be had, its tests are skipped with the reason; with `CI=true` they fail. The end
-of the report tells which service came from where. `LOCAL_SERVICES` (`auto`, `given`, `docker`, `native`) restricts
-where from.
+`object_store` is marked `s3`. Where a service cannot be had, its tests are skipped with the reason; with `CI=true` they
+fail. The end of the report tells which service came from where. `LOCAL_SERVICES` (`auto`, `given`, `docker`, `native`)
+restricts where from.
 """
 
 from __future__ import annotations

@@ -25,12 +25,12 @@ from aio_pika.exceptions import (
     PublishError,
 )
 from aiormq.exceptions import ChannelAccessRefused
-from yarl import URL
 
 from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
 from schemas.rpc import METHODS
 from schemas.wire import MAX_BODY_BYTES, dump, parse_object
+from worker.broker_url import login_of, tls_failure
 from worker.client.caller import Unreachable, error_of, no_answer, until_answered
 
 RPC_EXCHANGE = "model-manager.rpc"
@@ -106,7 +106,8 @@ class _Link:
 
 
 class AmqpCaller:
-    """Calls the worker of `rack` through the broker at `url` (`amqp://` or `amqps://`).
+    """Calls the worker of `rack` through the broker at `url`: `amqp://`, or `amqps://` with the files of TLS as its
+    parameters `cafile`, `certfile` and `keyfile` (`auth=external`: the certificate is the login).
 
     It connects with the first call, and again with the first one after a loss. Calls that were in flight then are sent
     once more with the key they had, so their effect happens once. It belongs to one event loop.
@@ -263,8 +264,9 @@ class AmqpCaller:
             raise ModelManagerError("ERR_UNAUTHORIZED", "The broker refuses the login.") from None
         except ValueError:
             raise ModelManagerError("ERR_INVALID_REQUEST", "The broker's address is not an AMQP URL.") from None
-        except (TimeoutError, *CONNECTION_EXCEPTIONS):
-            raise Unreachable("The broker cannot be reached.", passing=self._reached) from None
+        except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
+            reason = tls_failure(error) or "the broker cannot be reached"
+            raise Unreachable(f"{reason[0].upper()}{reason[1:]}.", passing=self._reached) from None
         try:
             async with asyncio.timeout(_CONNECT_S):
                 link = await self._prepare(connection)
@@ -329,14 +331,6 @@ class _Request:
             headers=dict(headers),
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT if effect else aio_pika.DeliveryMode.NOT_PERSISTENT,
         )
-
-
-def login_of(url: str) -> str | None:
-    """The user an address logs in as; None where a certificate says so and the address does not."""
-    parts = URL(url)
-    if parts.query.get("auth", "").upper() == "EXTERNAL":
-        return parts.user
-    return parts.user or "guest"
 
 
 def _link_of(opening: asyncio.Task[_Link] | None) -> _Link | None:
