@@ -12,6 +12,7 @@ from pathlib import Path
 from yarl import URL
 
 EXTERNAL = "EXTERNAL"
+_LONGEST_CHAIN = 8
 _FILES = ("cafile", "certfile", "keyfile")
 
 
@@ -70,14 +71,14 @@ def unusable_tls(
 def tls_failure(error: BaseException) -> str | None:
     """Why TLS with the broker failed, if that is what `error` comes from; in words that hold no path."""
     seen: BaseException | None = error
-    while seen is not None:
+    for _ in range(_LONGEST_CHAIN):  # the chain of one that was raised again may be a ring
         if isinstance(seen, ssl.SSLCertVerificationError):
             return f"the broker's certificate is not trusted: {seen.verify_message}"
         if isinstance(seen, ssl.SSLError) and seen.reason:
             return f"TLS with the broker failed: {seen.reason.lower().replace('_', ' ')}"
         if isinstance(seen, FileNotFoundError | PermissionError):
             return "a file for TLS with the broker cannot be read"
-        seen = seen.__cause__ or seen.__context__
+        seen = None if seen is None else seen.__cause__
     return None
 
 
