@@ -26,6 +26,7 @@ from worker.transport.amqp import AmqpTransport
 from worker.transport.amqp_decoding import install
 from worker.transport.amqp_observer import SilentObserver
 from worker.transport.connections import open_channel
+from worker.transport.link import Broker
 
 PATIENCE_S = 20.0
 
@@ -258,7 +259,12 @@ async def serving(
     """A transport on the rack's queue; the queues are deleted afterwards, if the broker is there."""
     observer, dispatcher = CountingObserver(), EffectDispatcher()
     transport = AmqpTransport(
-        url=url, rack=rack, provision=provision, dispatcher=dispatcher, prefetch=prefetch, observer=observer
+        broker=Broker.at(url),
+        rack=rack,
+        provision=provision,
+        dispatcher=dispatcher,
+        prefetch=prefetch,
+        observer=observer,
     )
     served = Served(transport, dispatcher, observer)
     await transport.start()

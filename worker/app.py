@@ -38,6 +38,7 @@ from worker.signing import UrlSigner
 from worker.stall import LoopWatch, Supervisor
 from worker.transport.amqp import AmqpTransport
 from worker.transport.http_server import HttpServer
+from worker.transport.link import Broker
 from worker.upkeep.archive import Archive
 from worker.upkeep.clean_up import CleanUp
 from worker.upkeep.compaction import Compaction
@@ -128,15 +129,15 @@ class App:
             openapi=openapi_bytes(),
             observe=self.metrics.http,
         )
-        self.amqp = self._amqp_transport(loaded.amqp_url) if broker else None
+        self.amqp = self._amqp_transport(loaded) if broker else None
         if self.amqp is not None:
             self.announcer = Announcer(settings.rack, self.registry, self.amqp.announce)
         self.registry.listen(self._count)
         self._measure_disks()
 
-    def _amqp_transport(self, url: str) -> AmqpTransport:
+    def _amqp_transport(self, loaded: Loaded) -> AmqpTransport:
         return AmqpTransport(
-            url=url,
+            broker=Broker(lambda: loaded.amqp_url, loaded.amqp_files),
             rack=self._settings.rack,
             provision=self._settings.amqp.provision,
             dispatcher=self.dispatcher,

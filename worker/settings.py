@@ -22,6 +22,7 @@ from pydantic.alias_generators import to_camel, to_snake
 from schemas.errors import ModelManagerError
 from schemas.ids import ModelType, Rack
 from schemas.wire import parse_object
+from worker.broker_url import unusable_tls, with_tls
 
 _UNITS = (
     {"": 1, "B": 1}
@@ -71,7 +72,14 @@ class HttpSettings(_Section):
 class AmqpSettings(_Section):
     url: SecretStr = SecretStr("amqp://guest:guest@127.0.0.1:5672/")
     url_file: Path | None = None
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
     provision: bool = True
+
+    @property
+    def tls(self) -> dict[str, Path | None]:
+        return {"ca_file": self.ca_file, "certificate_file": self.certificate_file, "key_file": self.key_file}
 
 
 class S3Settings(_Section):
@@ -173,8 +181,23 @@ class Loaded:
 
     @property
     def amqp_url(self) -> str:
+        """The broker's address, with the files of TLS as its parameters; a file is read anew each time.
+
+        A flag wins over the file. Raises SettingsError when the file cannot be read.
+        """
+        return with_tls(_plain_amqp_url(self.settings.amqp, self.origins), **self.settings.amqp.tls)
+
+    @property
+    def amqp_files(self) -> tuple[Path, ...]:
+        """The files that a connection to the broker depends on."""
         amqp = self.settings.amqp
-        return amqp.url.get_secret_value() if amqp.url_file is None else read_secret(amqp.url_file, "amqp.urlFile")
+        return tuple(path for path in (amqp.url_file, *amqp.tls.values()) if path is not None)
+
+
+def _plain_amqp_url(amqp: AmqpSettings, origins: Mapping[str, str]) -> str:
+    if amqp.url_file is None or origins.get("amqp.url") == "flag":
+        return amqp.url.get_secret_value()
+    return read_secret(amqp.url_file, "amqp.urlFile")
 
 
 @dataclass(slots=True)
@@ -312,7 +335,8 @@ def _validate(layers: _Layers) -> Settings | None:
             origin = _origin(layers, path)
             layers.problems.append(f"{path} ({origin}): {problem['msg'].removeprefix('Value error, ')}")
         return None
-    layers.problems += [f"{path} ({_origin(layers, path)}): {why}" for path, why in _unusable(settings)]
+    unusable = [*_unusable(settings), *_unusable_broker(settings.amqp, layers.origins)]
+    layers.problems += [f"{path} ({_origin(layers, path)}): {why}" for path, why in unusable]
     return settings
 
 
@@ -337,12 +361,22 @@ def _unusable(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "replication.peers", "must not name this rack itself"
     if settings.max_inline_size > 1_400_000:
         yield "maxInlineSize", "must be at most 1400000 bytes: a message is at most 2 MB, and base64 adds a third"
-    for path, file in (("http.tokenFile", settings.http.token_file), ("amqp.urlFile", settings.amqp.url_file)):
-        if file is not None:
-            try:
-                read_secret(file, path)
-            except SettingsError as error:
-                yield path, error.problems[0]
+    if settings.http.token_file is not None:
+        try:
+            read_secret(settings.http.token_file, "http.tokenFile")
+        except SettingsError as error:
+            yield "http.tokenFile", error.problems[0]
+
+
+def _unusable_broker(amqp: AmqpSettings, origins: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    try:
+        problem = unusable_tls(_plain_amqp_url(amqp, origins), **amqp.tls)
+    except SettingsError as error:
+        yield "amqp.urlFile", error.problems[0]
+        return
+    if problem is not None:
+        name, why = problem
+        yield f"amqp.{to_camel(name)}", why
 
 
 def read_secret(path: Path, key: str) -> str:

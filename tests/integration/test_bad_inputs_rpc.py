@@ -17,6 +17,7 @@ from tests.bad_inputs import BAD_INPUTS, b64, seed
 from tests.rack import LocalRack
 from worker.transport import topology
 from worker.transport.amqp import AmqpTransport
+from worker.transport.link import Broker
 
 pytestmark = pytest.mark.broker
 
@@ -49,7 +50,7 @@ async def serving(url: str, name: str, folder: Path) -> AsyncIterator[Served]:
     rack, observer = LocalRack(folder).open(), CountingObserver()
     upload = await seed(rack)
     transport = AmqpTransport(
-        url=url, rack=name, provision=True, dispatcher=rack.dispatcher, prefetch=64, observer=observer
+        broker=Broker.at(url), rack=name, provision=True, dispatcher=rack.dispatcher, prefetch=64, observer=observer
     )
     await transport.start()
     try:

@@ -71,7 +71,7 @@ def address_of(
     from worker.settings import load_settings
 
     loaded = load_settings({"rack": rack, "amqp.url": amqp_url}, environment=environment)
-    return Address(amqp_url=amqp_url or loaded.amqp_url, rack=loaded.settings.rack)
+    return Address(amqp_url=loaded.amqp_url, rack=loaded.settings.rack)
 
 
 def _token(token_file: Path | None) -> str | None:

@@ -16,6 +16,7 @@ import typer
 
 from schemas.errors import ModelManagerError
 from worker.cli.arguments import json_value
+from worker.cli.definitions import print_definitions
 from worker.cli.journal import damaged, journal_report
 from worker.cli.loading import AmqpUrl, Form, Rack, RegistryPath, loaded_settings, started
 from worker.cli.output import Format, Output, plain, table
@@ -37,6 +38,7 @@ topology = typer.Typer(help="Exchanges and queues on the broker.", no_args_is_he
 def add_to(app: typer.Typer) -> None:
     app.add_typer(config, name="config")
     app.add_typer(topology, name="topology")
+    topology.command("definitions")(print_definitions)
     app.command("doctor")(doctor)
     app.command("probe")(probe)
 

@@ -30,6 +30,7 @@ from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
 from schemas.rpc import METHODS
 from schemas.wire import MAX_BODY_BYTES, dump, parse_object
+from worker.broker_url import login_of, tls_failure
 from worker.client.caller import Unreachable, error_of, no_answer, until_answered
 
 RPC_EXCHANGE = "model-manager.rpc"
@@ -48,7 +49,7 @@ _CLOSED = "This caller is closed."
 class _Link:
     """A connection with its reply queue. `waiters` are by correlation id, which is new for each request.
 
-    `late` is called for a reply that nobody waits for.
+    `late` is called for a reply that nobody waits for. `user_id` is the login, as far as the address tells it.
     """
 
     connection: AbstractConnection
@@ -56,6 +57,7 @@ class _Link:
     exchange: AbstractExchange
     reply_to: str
     late: Callable[[], None]
+    user_id: str | None
     waiters: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)
     lost: bool = False
     watching: asyncio.Task[None] | None = None
@@ -104,7 +106,8 @@ class _Link:
 
 
 class AmqpCaller:
-    """Calls the worker of `rack` through the broker at `url` (`amqp://` or `amqps://`).
+    """Calls the worker of `rack` through the broker at `url`: `amqp://`, or `amqps://` with the files of TLS as its
+    parameters `cafile`, `certfile` and `keyfile` (`auth=external`: the certificate is the login).
 
     It connects with the first call, and again with the first one after a loss. Calls that were in flight then are sent
     once more with the key they had, so their effect happens once. It belongs to one event loop.
@@ -187,7 +190,7 @@ class AmqpCaller:
         waiter: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         link.waiters[correlation_id] = waiter
         try:
-            await self._publish(link, request, request.message(link.reply_to, correlation_id), waiter)
+            await self._publish(link, request, request.message(link, correlation_id), waiter)
             reply = await waiter
         finally:
             del link.waiters[correlation_id]
@@ -261,8 +264,9 @@ class AmqpCaller:
             raise ModelManagerError("ERR_UNAUTHORIZED", "The broker refuses the login.") from None
         except ValueError:
             raise ModelManagerError("ERR_INVALID_REQUEST", "The broker's address is not an AMQP URL.") from None
-        except (TimeoutError, *CONNECTION_EXCEPTIONS):
-            raise Unreachable("The broker cannot be reached.", passing=self._reached) from None
+        except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
+            reason = tls_failure(error) or "the broker cannot be reached"
+            raise Unreachable(f"{reason[0].upper()}{reason[1:]}.", passing=self._reached) from None
         try:
             async with asyncio.timeout(_CONNECT_S):
                 link = await self._prepare(connection)
@@ -283,7 +287,7 @@ class AmqpCaller:
                 channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
                 exchange = await channel.get_exchange(RPC_EXCHANGE, ensure=True)
                 replies = await channel.declare_queue(exclusive=True, auto_delete=True)
-                link = _Link(connection, channel, exchange, replies.name, self._late)
+                link = _Link(connection, channel, exchange, replies.name, self._late, login_of(self._url))
                 connection.close_callbacks.add(link.lose)
                 channel.close_callbacks.add(link.lose)
                 # The broker cancels the consumer when the reply queue goes, as with its node: no answer would come.
@@ -308,7 +312,7 @@ class _Request:
     deadline: float
     taken: bool = False
 
-    def message(self, reply_to: str, correlation_id: str) -> aio_pika.Message:
+    def message(self, link: _Link, correlation_id: str) -> aio_pika.Message:
         left_s = min(max(self.deadline - time.monotonic(), 0.001), _LONGEST_S)
         headers: dict[str, str | int] = {"x-deadline": int((time.time() + left_s) * 1000)}
         if self.key is not None:
@@ -319,8 +323,9 @@ class _Request:
             self.body,
             content_type="application/json",
             type=self.method,
-            reply_to=reply_to,
+            reply_to=link.reply_to,
             correlation_id=correlation_id,
+            user_id=link.user_id,  # the broker refuses any but the login, so the worker can trust it
             message_id=new_ulid(),  # new for each publish: returns are matched by it
             expiration=left_s,
             headers=dict(headers),

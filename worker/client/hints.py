@@ -17,6 +17,7 @@ from schemas.errors import ModelManagerError
 from schemas.hints import Hint
 from schemas.ids import new_ulid
 from schemas.wire import parse_object
+from worker.broker_url import tls_failure
 from worker.client.caller import Unreachable
 
 HINTS_EXCHANGE = "model-manager.hints"
@@ -77,8 +78,9 @@ def _refusals() -> Iterator[None]:
         raise ModelManagerError("ERR_UNAUTHORIZED", "The broker refuses the login.") from None
     except ChannelAccessRefused:
         raise ModelManagerError("ERR_FORBIDDEN", "The broker does not allow this login to do that.") from None
-    except (TimeoutError, *CONNECTION_EXCEPTIONS):
-        raise Unreachable("The broker cannot be reached.") from None
+    except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
+        reason = tls_failure(error) or "the broker cannot be reached"
+        raise Unreachable(f"{reason[0].upper()}{reason[1:]}.") from None
 
 
 async def _until_lost(waiting: asyncio.Queue[dict[str, Any] | None]) -> AsyncIterator[Hint]:

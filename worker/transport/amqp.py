@@ -21,13 +21,15 @@ from schemas.hints import Hint
 from worker.context import Context
 from worker.transport import topology
 from worker.transport.amqp_observer import AmqpObserver, SilentObserver
-from worker.transport.connections import BrokerConnection, Link, LinkLostError
+from worker.transport.connections import BrokerConnection, LinkLostError
 from worker.transport.consuming import Consumer
 from worker.transport.deliveries import Delivery, Request, read_request
 from worker.transport.hint_outbox import HintOutbox
 from worker.transport.hot_channel import Message
+from worker.transport.link import Broker, Link
 from worker.transport.replies import Publisher, encode_reply
 from worker.transport.reply_addresses import NodeTrials, is_direct
+from worker.transport.rotation import Rotation
 
 PREFETCH = 64
 
@@ -59,14 +61,14 @@ class AmqpStatus:
 class AmqpTransport:
     """Serves one rack's request queue.
 
-    `url` holds the credentials; `provision` allows it to create the topology, otherwise it only checks it. `prefetch`
+    `provision` allows it to create the topology, otherwise it only checks it. `prefetch`
     bounds the requests in work.
     """
 
     def __init__(
         self,
         *,
-        url: str,
+        broker: Broker,
         rack: str,
         provision: bool,
         dispatcher: Dispatcher,
@@ -77,7 +79,7 @@ class AmqpTransport:
         self._provision = provision
         self._dispatcher = dispatcher
         self._observer = observer or SilentObserver()
-        self._trials = NodeTrials(url, f"model-manager/{rack}/trial")
+        self._trials = NodeTrials(broker, f"model-manager/{rack}/trial")
         self._publisher = Publisher(
             rack=rack, observer=self._observer, repair=self._repair, changed=self._publishing_changed
         )
@@ -90,9 +92,10 @@ class AmqpTransport:
             before_acks=self._publisher.flush,
         )
         self._links = {
-            role: Link(url=url, name=f"model-manager/{rack}/{role}", session=session, changed=self._links_changed)
+            role: Link(broker=broker, name=f"model-manager/{rack}/{role}", session=session, changed=self._links_changed)
             for role, session in (("publish", self._publisher.session), ("consume", self._consumer.session))
         }
+        self._rotation = Rotation(broker.files, list(self._links.values()))
         self._degraded: tuple[str, ...] = ()
         self._connected = False
         self._reconnections = 0
@@ -103,7 +106,7 @@ class AmqpTransport:
 
     async def start(self) -> None:
         """Begin to connect, in the background; a broker that is away is no error."""
-        coroutines = [*(link.run() for link in self._links.values()), self._outbox.run()]
+        coroutines = [*(link.run() for link in self._links.values()), self._outbox.run(), self._rotation.run()]
         self._upkeep = [asyncio.create_task(coroutine) for coroutine in coroutines]
 
     @property

@@ -1,4 +1,4 @@
-"""Connections to the broker: opened with our settings, kept up for ever, their failures told in one way.
+"""Connections to the broker: opened with our settings, their failures told in one way.
 
 They are made with aiormq, the engine of aio-pika: its robust connection waits a fixed time between attempts, replays
 declarations that the broker may refuse for ever, and costs two to three times as much for each message. What is done
@@ -8,11 +8,8 @@ once for each request does not even go through aiormq, but through the `FrameTap
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
 import socket
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,17 +20,13 @@ from aiormq.connection import Connection, TransportFactory
 from aiormq.exceptions import AMQPError, AuthenticationError, DeliveryError, ProbableAuthenticationError
 from yarl import URL
 
+from worker.broker_url import tls_failure
 from worker.transport import amqp_decoding
 from worker.transport.frame_tap import FrameTap
 
 HEARTBEAT_S = 20
 CONNECT_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 5.0
-RETRY_FIRST_S = 0.2
-RETRY_LONGEST_S = 5.0
-HEALTHY_AFTER_S = 2.0
-
-log = logging.getLogger(__name__)
 
 _STREAM_BUFFER_BYTES = 64 * 1024
 
@@ -66,6 +59,8 @@ def reason_of(error: BaseException) -> str:
     """Why a connection failed, in words that hold no address and no credentials."""
     if isinstance(error, AuthenticationError | ProbableAuthenticationError):
         return "the broker refused the login"
+    if failure := tls_failure(error):
+        return failure
     if isinstance(error, LinkLostError):
         return str(error)
     if isinstance(error, OSError | TimeoutError | aiormq.AMQPConnectionError) and not _has_reply_text(error):
@@ -84,6 +79,19 @@ class BrokerConnection(Connection):
     def __init__(self, url: URL) -> None:
         self._factory = _TappedTransport()
         super().__init__(url, transport_factory=self._factory)
+        self.retired = False
+        """Another one has taken over: nothing is begun on this one any more."""
+        self._retiring: list[Callable[[], None]] = []
+
+    def retire(self) -> None:
+        """Have the session go over to another connection; what was begun on this one ends on it."""
+        self.retired = True
+        for call in self._retiring:
+            call()
+
+    def on_retiring(self, call: Callable[[], None]) -> None:
+        """Have `call` called when it is retired."""
+        self._retiring.append(call)
 
     @property
     def tap(self) -> FrameTap:
@@ -96,9 +104,6 @@ class BrokerConnection(Connection):
             if number not in self.channels and not self.tap.is_taken(number):
                 return number
         raise LinkLostError("the connection has no channel left")
-
-
-Session = Callable[[BrokerConnection], Awaitable[None]]
 
 
 class _TappedTransport(TransportFactory):
@@ -163,56 +168,3 @@ def is_blocked(connection: AbstractConnection) -> bool:
         return False
     waiting.close()
     return True
-
-
-def retry_delays() -> Iterator[float]:
-    """Seconds between attempts: doubling from `RETRY_FIRST_S` to `RETRY_LONGEST_S`, with jitter, without end."""
-    delay = RETRY_FIRST_S
-    while True:
-        yield delay * random.uniform(0.5, 1.0)
-        delay = min(delay * 2, RETRY_LONGEST_S)
-
-
-class Link:
-    """One connection that is made again whenever it is lost.
-
-    `session` runs on each connection and should return or raise LinkLostError once it is of no more use. `changed` is
-    called after every change of `up` or `reason`.
-    """
-
-    def __init__(self, *, url: str, name: str, session: Session, changed: Callable[[], None]) -> None:
-        self._url = url
-        self._name = name
-        self._session = session
-        self._changed = changed
-        self.up = False
-        self.reason = "not connected yet"
-        self.connections = 0
-
-    async def run(self) -> None:
-        """Connect, run the session, and again, until cancelled."""
-        delays = retry_delays()
-        while True:
-            started = time.monotonic()
-            try:
-                connection = await open_connection(self._url, self._name)
-                try:
-                    self.connections += 1
-                    self._set(up=True, reason="")
-                    await self._session(connection)
-                finally:
-                    self._set(up=False, reason=self.reason or "the connection was lost")
-                    await close_connection(connection)
-            except LinkLostError as error:
-                self._set(up=False, reason=str(error))
-            except Exception as error:
-                # Not foreseen; but a worker without this connection is dead, and a new one may well work.
-                log.exception("The session on a connection failed")
-                self._set(up=False, reason=type(error).__name__)
-            if time.monotonic() - started > HEALTHY_AFTER_S:
-                delays = retry_delays()
-            await asyncio.sleep(next(delays))
-
-    def _set(self, *, up: bool, reason: str) -> None:
-        self.up, self.reason = up, reason
-        self._changed()

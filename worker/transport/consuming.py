@@ -69,7 +69,7 @@ class Consumer:
         await self._unregistered.wait()
 
     async def session(self, connection: BrokerConnection) -> None:
-        """Consume on this connection until it or its channel is lost; then raise LinkLostError."""
+        """Consume on this connection until it is retired, or it or its channel is lost; then raise LinkLostError."""
         await self._prepare(connection)
         channel = HotChannel(
             connection,
@@ -80,10 +80,13 @@ class Consumer:
         )
         await channel.open()
         self._proven, self._cancelled = False, False
+        connection.on_retiring(self._wake.set)
         try:
             while True:
                 self._wake.clear()
                 await self._adjust(connection, channel)
+                if connection.retired:
+                    return
                 try:
                     async with asyncio.timeout(WATCH_INTERVAL_S):
                         await self._wake.wait()
@@ -100,7 +103,7 @@ class Consumer:
             self._cancelled = False
             self._set_registered(None, 0)
             await self._prepare(connection)
-        wanted = self._wanted_prefetch()
+        wanted = 0 if connection.retired else self._wanted_prefetch()
         if wanted == self._registered_prefetch:
             return
         if self._tag is not None:

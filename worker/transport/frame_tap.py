@@ -27,6 +27,10 @@ class Taker(Protocol):
     def lost(self, reason: BaseException | None) -> None:
         """The connection is gone; nothing more comes."""
 
+    @property
+    def busy(self) -> bool:
+        """Something that was begun has not ended."""
+
 
 class FrameTap(asyncio.StreamReaderProtocol):
     """The protocol below the reader and the writer of one connection."""
@@ -119,6 +123,11 @@ class FrameTap(asyncio.StreamReaderProtocol):
             if not self.writer.is_closing():
                 self.writer.write(b"".join(self._pending))
             self._pending.clear()
+
+    @property
+    def busy(self) -> bool:
+        """Something that was begun on a channel of ours has not ended."""
+        return any(taker.busy for taker in self._takers.values())
 
     @property
     def congested(self) -> bool:

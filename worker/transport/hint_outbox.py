@@ -15,7 +15,8 @@ from pamqp.commands import Basic
 from schemas.hints import CONTENT_TYPE, Hint
 from schemas.wire import dump
 from worker.transport.amqp_observer import AmqpObserver
-from worker.transport.connections import LinkLostError, retry_delays
+from worker.transport.connections import LinkLostError
+from worker.transport.link import retry_delays
 from worker.transport.replies import Publisher
 from worker.transport.topology import HINT_EXCHANGE
 

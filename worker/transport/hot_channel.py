@@ -86,6 +86,11 @@ class HotChannel:
         return self._closed is not None
 
     @property
+    def busy(self) -> bool:
+        """Deliveries are unsettled, or messages unconfirmed."""
+        return bool(self._unsettled or self._unconfirmed)
+
+    @property
     def congested(self) -> bool:
         """More has been written than the socket takes for now; `drained` waits for that."""
         return self._tap.congested

@@ -113,7 +113,7 @@ class Publisher:
         self.blocked = False
 
     async def session(self, connection: BrokerConnection) -> None:
-        """Serve publishes on this connection until it closes, and watch whether the broker blocks it.
+        """Serve publishes on this connection until it closes or is retired, and watch whether the broker blocks it.
 
         LinkLostError: the broker answers no more, and has not said that it would not.
         """
@@ -121,13 +121,14 @@ class Publisher:
         watching = asyncio.create_task(self._watch(connection))
         self._attach(connection)
         try:
-            while not (closed.done() or watching.done()):
+            while not (closed.done() or watching.done() or connection.retired):
                 self._set_blocked(is_blocked(connection))
                 await asyncio.wait([closed, watching], timeout=BLOCK_POLL_S, return_when=asyncio.FIRST_COMPLETED)
             if watching.done():
                 await watching
         finally:
-            self._attach(None)
+            if not connection.retired:  # else it serves until the next one is attached
+                self._attach(None)
             self._set_blocked(False)
             watching.cancel()
             closed.cancel()

@@ -19,7 +19,8 @@ from functools import lru_cache
 from aiormq.exceptions import ChannelNotFoundEntity, ConnectionInternalError
 from pamqp.commands import Queue
 
-from worker.transport.connections import LinkLostError, close_connection, link_failures, open_channel, open_connection
+from worker.transport.connections import LinkLostError, close_connection, link_failures, open_channel
+from worker.transport.link import Broker
 
 DIRECT_PREFIX = "amq.rabbitmq.reply-to."
 EXCLUSIVE_PREFIX = "amq.gen-"
@@ -75,8 +76,8 @@ def node_of(reply_to: str) -> bytes | None:
 class NodeTrials:
     """Knows which broker nodes a direct reply-to address may name."""
 
-    def __init__(self, url: str, connection_name: str) -> None:
-        self._url = url
+    def __init__(self, broker: Broker, connection_name: str) -> None:
+        self._broker = broker
         self._connection_name = connection_name
         self._verdicts: OrderedDict[bytes, bool] = OrderedDict()
         self._lock = asyncio.Lock()
@@ -105,7 +106,7 @@ class NodeTrials:
         return verdict
 
     async def _try(self, reply_to: str) -> bool:
-        connection = await open_connection(self._url, self._connection_name)
+        connection = await self._broker.connect(self._connection_name)
         try:
             with link_failures():
                 channel = await open_channel(connection, confirms=False)
