@@ -3,7 +3,8 @@
 Every rack has a request queue and a queue for dead letters; the three exchanges are shared by all racks. Both queues
 are quorum queues. The request queue dead-letters at least once, which needs `reject-publish` (with `drop-head` the
 broker falls back to at most once), and has its own dead-letter routing key: without it expired requests find no queue
-behind the exchange, stay, and fill the rack's queue. The dead-letter queue drops its oldest, so it never refuses one.
+behind the exchange, stay, and fill the rack's queue. The dead-letter queue drops its oldest, so it never refuses one,
+and has no delivery limit, since to look at a dead letter is to have it delivered.
 """
 
 from __future__ import annotations
@@ -84,8 +85,10 @@ def new_hint_queue(rack: str) -> str:
     return f"model-manager-{rack}.hints.{new_ulid()}"
 
 
-def topology(rack: str) -> Topology:
-    """All that a rack needs. What belongs to one listener or one caller is declared by these."""
+def topology(rack: str, *, broker: int = 3) -> Topology:
+    """All that a rack needs on a broker of that major version. Listeners and callers declare what is theirs alone."""
+    # RabbitMQ 4 has a limit of 20 unless told otherwise, by a word that RabbitMQ 3 takes for a limit of nothing.
+    unlimited: FieldTable = {"x-delivery-limit": -1} if broker >= 4 else {}
     return Topology(
         exchanges=(
             Exchange(RPC_EXCHANGE, "topic"),
@@ -100,6 +103,7 @@ def topology(rack: str) -> Topology:
                     "x-max-length": MAX_DEAD_LETTERS,
                     "x-overflow": "drop-head",
                     "x-message-ttl": DEAD_LETTER_TTL_MS,
+                    **unlimited,
                 },
             ),
             Queue(
@@ -129,7 +133,7 @@ async def provision(connection: AbstractConnection, rack: str) -> list[Problem]:
 
     What the login may not do is an `unverified` problem. Raises LinkLostError when the connection is lost.
     """
-    wanted = topology(rack)
+    wanted = topology(rack, broker=major_version(connection))
     problems = [await _declare(connection, item) for item in wanted.objects]
     problems += [await _bind(connection, binding) for binding in wanted.bindings]
     return [problem for problem in problems if problem is not None]
@@ -140,7 +144,7 @@ async def check(connection: AbstractConnection, rack: str) -> list[Problem]:
 
     Raises LinkLostError when the connection is lost.
     """
-    wanted = topology(rack)
+    wanted = topology(rack, broker=major_version(connection))
     found: list[Problem] = []
     for item in wanted.objects:
         # A passive declaration compares no arguments. Declaring what surely exists does, and creates nothing.
@@ -148,6 +152,12 @@ async def check(connection: AbstractConnection, rack: str) -> list[Problem]:
         if problem is not None:
             found.append(problem)
     return found
+
+
+def major_version(connection: AbstractConnection) -> int:
+    """The first number of the broker's version; 3 if it does not tell."""
+    version = str(connection.server_properties.get("version", "")).partition(".")[0]
+    return int(version) if version.isdecimal() else 3
 
 
 async def _declare(connection: AbstractConnection, item: Exchange | Queue, *, passive: bool = False) -> Problem | None:
