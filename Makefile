@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run serve test test-docker lint bench crash mutations schemas clean
+.PHONY: help run serve test test-docker lint bench crash ledger mutations schemas clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ bench: .venv/.synced ## Measure against the numbers that are promised
 # As root, with strace and xfsprogs, all of it runs; what does not is told. `python -m tests.crash --help` has the parts.
 crash: .venv/.synced ## Kill the journal, cut its power, fail its disk and damage its files, at every point there is
 	@exec $(PYTHON) -m tests.crash
+
+ledger: .venv/.synced ## Cut, freeze and kill all there is between callers and rack: nothing is lost or done twice
+	@exec $(PYTHON) -m tests.ledger
 
 mutations: .venv/.synced ## Take away each sync, rename and checksum of the journal: some test must notice
 	@exec $(PYTHON) -m tests.crash.mutations

@@ -1,4 +1,4 @@
-"""The AsyncAPI 3.1 document of the worker on RabbitMQ: an operation for each method, and the hints.
+"""The AsyncAPI 3.1 document of the worker on RabbitMQ: an operation for each method with its errors, and the hints.
 
 It is written from the worker's side: requests are received, hints are sent. The standard has no place for AMQP
 properties, so they are the headers with names in camelCase (`replyTo` is the property `reply_to`).
@@ -10,9 +10,10 @@ from typing import Any
 
 from schemas.examples import examples_of
 from schemas.hints import CONTENT_TYPE, HINT_TYPES, Hint
-from schemas.ids import RACK_PATTERN
+from schemas.ids import MAX_INTEGER, RACK_PATTERN
 from schemas.journal_examples import HINT_EXAMPLES
 from schemas.json_schemas import CONTRACT, Components, ErrorBody, Schema, json_schema, reply_schema
+from schemas.method_errors import errors_of
 from schemas.rpc import METHODS, Method
 
 RPC_EXCHANGE = "model-manager.rpc"
@@ -27,12 +28,13 @@ def asyncapi_document() -> Schema:
     """The whole document."""
     components = Components()
     components.add("ErrorBody", json_schema(ErrorBody))
-    messages = {"error": _error(), "hint": _hint(components)}
+    messages = {"hint": _hint(components)}
     channels: Schema = {"hints": _hints_channel()}
     operations: Schema = {"sendHint": _hint_operation()}
     for method in METHODS.values():
         messages[f"{method.name}Request"] = _request(method, components)
         messages[f"{method.name}Reply"] = _reply(method, components)
+        messages[f"{method.name}Error"] = _error(method)
         channels[method.name] = _request_channel(method)
         operations[method.name] = _operation(method)
     channels["replies"] = _replies_channel()
@@ -93,19 +95,23 @@ _REQUEST_HEADERS: Schema = {
         },
         "correlationId": {**_TEXT, "description": _CORRELATION},
         "messageId": {**_TEXT, "description": "The idempotency key, unless `x-idempotency-key` is there."},
+        "contentEncoding": {"not": {}, "description": "Refused."},
         "contentType": {"const": "application/json"},
         "expiration": {**_TEXT, "pattern": r"^\d+$", "description": "Milliseconds until the broker drops the request."},
-        "userId": {**_TEXT, "description": "The broker's user, whom the broker checks."},
+        "userId": {**_TEXT, "description": "The broker's user, whom the broker checks; idempotency keys are his own."},
         "type": {**_TEXT, "description": "The method, for a message that was put on the queue by its name."},
         "x-deadline": {
             "type": "integer",
+            "minimum": 0,
+            "maximum": MAX_INTEGER,
             "description": "Unix milliseconds after which the caller does not wait any more.",
         },
         "x-idempotency-key": {
             **_TEXT,
+            "minLength": 1,
             "description": "Names the request among its caller's: a repeat gets the same answer and changes nothing.",
         },
-        "traceparent": {**_TEXT, "description": "W3C Trace Context."},
+        "traceparent": {**_TEXT, "description": "W3C Trace Context; the reply has the same."},
     },
 }
 _REPLY_HEADERS: Schema = {
@@ -113,6 +119,7 @@ _REPLY_HEADERS: Schema = {
     "properties": {
         "correlationId": {**_TEXT, "description": "That of the request, byte for byte."},
         "contentType": {"const": "application/json"},
+        "traceparent": {**_TEXT, "description": "That of the request, if it had one."},
     },
 }
 
@@ -145,9 +152,11 @@ def _reply(method: Method, components: Components) -> Schema:
     return {**_message(f"{method.name}.reply", payload, "ReplyHeaders", examples), "title": f"{method.name}: reply"}
 
 
-def _error() -> Schema:
-    payload = _reference("components", "schemas", "ErrorBody")
-    return {**_message("error", payload, "ReplyHeaders", []), "title": "What went wrong, for any method"}
+def _error(method: Method) -> Schema:
+    one_of = {"properties": {"error": {"properties": {"code": {"enum": list(errors_of(method.name))}}}}}
+    payload = {"allOf": [_reference("components", "schemas", "ErrorBody"), one_of]}
+    message = _message(f"{method.name}.error", payload, "ReplyHeaders", [])
+    return {**message, "title": f"{method.name}: error", "summary": "To be tried again if `retryable`."}
 
 
 def _hint(components: Components) -> Schema:
@@ -180,9 +189,11 @@ def _request_channel(method: Method) -> Schema:
 
 
 def _replies_channel() -> Schema:
-    messages = {"error": _reference("components", "messages", "error")}
-    for name in METHODS:
-        messages[name] = _reference("components", "messages", f"{name}Reply")
+    messages = {
+        f"{name}{part}": _reference("components", "messages", f"{name}{part}")
+        for name in METHODS
+        for part in ("Reply", "Error")
+    }
     return {
         "address": None,
         "description": "The caller's own queue, by the default exchange.",
@@ -213,8 +224,8 @@ def _operation(method: Method) -> Schema:
             "address": {"location": "$message.header#/replyTo", "description": "The property `reply_to`."},
             "channel": _reference("channels", "replies"),
             "messages": [
-                _reference("channels", "replies", "messages", method.name),
-                _reference("channels", "replies", "messages", "error"),
+                _reference("channels", "replies", "messages", f"{method.name}Reply"),
+                _reference("channels", "replies", "messages", f"{method.name}Error"),
             ],
         },
     }

@@ -139,12 +139,25 @@ _OPENED: JSON = {
 }
 _PLANNED = [{member: file[member] for member in ("path", "size", "sha256")} for file in _OPENED["files"]]
 _PRESENT = [{**file, "present": True} for file in _PLANNED]
+_VALIDATED: JSON = {
+    "success": True,
+    "modelId": MODEL,
+    "version": "1.0.0",
+    "isValid": True,
+    "expectedChecksum": _CHECKSUM,
+    "actualChecksum": _CHECKSUM,
+    "files": [
+        {"path": "model.safetensors", "expectedChecksum": _CHECKSUM, "actualChecksum": _CHECKSUM, "isValid": True}
+    ],
+    "findings": [],
+}
 _JOB_DONE: JSON = {
     "success": True,
     "jobId": JOB,
     "method": "validateModel",
     "state": "succeeded",
     "progress": {"bytes": len(WEIGHTS), "totalBytes": len(WEIGHTS)},
+    "result": _VALIDATED,
 }
 
 STORY: tuple[Example, ...] = (
@@ -152,7 +165,7 @@ STORY: tuple[Example, ...] = (
         "ping",
         "Is it there",
         {},
-        {"success": True, "rack": RACK, "version": "0.1.0", "epoch": 1, "head": 0, "ready": True},
+        {"success": True, "rack": RACK, "version": "0.1.0", "epoch": 1, "head": 1, "ready": True},
     ),
     Example(
         "storeModel",
@@ -235,23 +248,7 @@ STORY: tuple[Example, ...] = (
         "validateModel",
         "Done in time",
         {"modelId": MODEL, "version": "1.0.0", "waitMs": 5000},
-        {
-            "success": True,
-            "modelId": MODEL,
-            "version": "1.0.0",
-            "isValid": True,
-            "expectedChecksum": _CHECKSUM,
-            "actualChecksum": _CHECKSUM,
-            "files": [
-                {
-                    "path": "model.safetensors",
-                    "expectedChecksum": _CHECKSUM,
-                    "actualChecksum": _CHECKSUM,
-                    "isValid": True,
-                }
-            ],
-            "findings": [],
-        },
+        _VALIDATED,
     ),
     Example(
         "validateModel",
@@ -259,8 +256,8 @@ STORY: tuple[Example, ...] = (
         {"modelId": MODEL, "version": "1.0.0", "waitMs": 0},
         {"success": True, "jobId": JOB, "state": "queued"},
     ),
-    Example("getJob", "Its result", {"jobId": JOB, "waitMs": 5000}, {**_JOB_DONE, "result": {"isValid": True}}),
-    Example("cancelJob", "Too late", {"jobId": JOB}, {**_JOB_DONE, "result": {"isValid": True}}),
+    Example("getJob", "Its result", {"jobId": JOB, "waitMs": 5000}, _JOB_DONE),
+    Example("cancelJob", "Too late", {"jobId": JOB}, _JOB_DONE),
     Example(
         "createUpload",
         "Two files, one of them known",
@@ -311,7 +308,7 @@ STORY: tuple[Example, ...] = (
         "getChanges",
         "From the beginning",
         {"epoch": 1, "after": 0, "limit": 1},
-        {"success": True, "epoch": 1, "head": 9, "changes": [HINT_EXAMPLES[0]], "next": 1},
+        {"success": True, "epoch": 1, "head": 21, "changes": [HINT_EXAMPLES[0]], "next": 2},
     ),
     Example(
         "getStorageStats",
@@ -332,9 +329,11 @@ STORY: tuple[Example, ...] = (
                 "bytes": len(WEIGHTS) + _BOTH_SIZE,
                 "deleted": 0,
                 "epoch": 1,
-                "sequence": 9,
+                "sequence": 21,
+                "archivedSequence": 20,
+                "archiveLagSeconds": 0.4,
             },
-            "cache": {"entries": 1, "bytes": len(WEIGHTS), "hits": 3, "misses": 1},
+            "cache": {"entries": 1, "bytes": 0, "hits": 1, "misses": 0},
             "replication": {"factor": 1, "peers": []},
         },
     ),

@@ -112,9 +112,9 @@ RECORD_EXAMPLES: dict[str, JSON] = {
 def _hints() -> tuple[Hint, ...]:
     told = (
         hint_of(op, record, rack=RACK, epoch=1, sequence=sequence, time_ms=START_MS)
-        for sequence, (op, record) in enumerate(RECORD_EXAMPLES.items(), start=1)
+        for sequence, (op, record) in enumerate(RECORD_EXAMPLES.items(), start=2)  # 1 is the new registry
     )
-    head = head_hint(rack=RACK, epoch=1, head=len(RECORD_EXAMPLES), time_ms=START_MS)
+    head = head_hint(rack=RACK, epoch=1, head=len(RECORD_EXAMPLES) + 1, time_ms=START_MS)
     return (*(hint for hint in told if hint is not None), head)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from schemas.examples import examples_of
 from schemas.ids import Alias, FilePath, ModelId, Ulid, Version, VersionRef
 from schemas.json_schemas import CONTRACT, Components, Schema, json_schema, reply_schema
+from schemas.method_errors import errors_of
 from schemas.model import ListedVersion
 from schemas.openapi_content import (
     BEARER,
@@ -15,7 +16,6 @@ from schemas.openapi_content import (
     JSON_TYPE,
     PARAMETERS,
     SECURITY_SCHEMES,
-    STORE_ERRORS,
     content_paths,
     error_components,
     error_responses,
@@ -25,29 +25,6 @@ from schemas.openapi_content import (
 )
 from schemas.routes import PATH_PARAMETERS, ROUTES, Route
 from schemas.rpc import METHODS, Method
-
-# What a method may answer besides `COMMON_ERRORS` and, if it writes, `_OF_WRITES`.
-_OF_WRITES = ("ERR_SHUTTING_DOWN", "ERR_STORAGE_FULL", "ERR_NOT_ORIGIN")
-_OF_A_MODEL = ("ERR_MODEL_NOT_FOUND", "ERR_CONFLICT")
-_OF_AN_UPLOAD = ("ERR_NOT_FOUND", "ERR_CONFLICT")
-_ERRORS_OF: dict[str, tuple[str, ...]] = {
-    "storeModel": ("ERR_NOT_FOUND", *STORE_ERRORS),
-    "getModelMetadata": ("ERR_MODEL_NOT_FOUND",),
-    "updateModelMetadata": _OF_A_MODEL,
-    "deleteModel": _OF_A_MODEL,
-    "restoreModel": _OF_A_MODEL,
-    "setAlias": _OF_A_MODEL,
-    "deleteAlias": ("ERR_NOT_FOUND", *_OF_A_MODEL),
-    "replicateModel": _OF_A_MODEL,
-    "validateModel": _OF_A_MODEL,
-    "createUpload": STORE_ERRORS,
-    "getUpload": _OF_AN_UPLOAD,
-    "completeUpload": (*_OF_AN_UPLOAD, "ERR_CHECKSUM_MISMATCH"),
-    "abortUpload": _OF_AN_UPLOAD,
-    "getJob": ("ERR_NOT_FOUND",),
-    "cancelJob": ("ERR_NOT_FOUND",),
-    "getChanges": ("ERR_CHANGES_GONE",),
-}
 
 _TAGS = {"/api/models": "models", "/api/uploads": "uploads", "/api/jobs": "jobs"}
 _LATEST = Route("getModelMetadata", "GET", "/api/models/{model}")
@@ -190,9 +167,7 @@ def _responses(route: Route, method: Method, components: Components) -> Schema:
         good["201"] = {"description": "Something new was made.", "headers": located, **answer}
     if "revision" in method.reply.__annotations__:
         good["200"]["headers"] = {"ETag": header("The revision, in quotes.")}
-    codes = [*COMMON_ERRORS, *_ERRORS_OF.get(method.name, ())]
-    if method.lane == "write":
-        codes += _OF_WRITES
+    codes = [*COMMON_ERRORS, *errors_of(method.name)]
     return {**good, **error_responses(codes, *((412,) if route.verb == "PATCH" else ()))}
 
 

@@ -20,7 +20,7 @@ from botocore.config import Config
 
 from deploy.local import NotStarted, ObjectStore, RabbitMQ, Source, Unavailable, object_store, rabbitmq
 from deploy.local.broker import IMAGE, IMAGE_VARIABLE
-from deploy.local.container import ping, require_image
+from deploy.local.container import build_worker_image, ping, require_image
 
 if TYPE_CHECKING:
     from _pytest.capture import CaptureManager
@@ -33,7 +33,7 @@ LANES = pytest.StashKey[dict[str, str]]()
 MARKS = {
     "broker": {"rabbitmq", "amqp_url"},
     "s3": {"object_store", "s3_client", "s3_bucket"},
-    "docker": {"docker_image"},
+    "docker": {"docker_image", "worker_image"},
 }
 
 Service = TypeVar("Service", RabbitMQ, ObjectStore)
@@ -160,6 +160,22 @@ def docker_image(pytestconfig: pytest.Config) -> str:
     """The image of a broker that a Docker daemon here has. Its absence is never a failure: it is a lane of its own."""
     image = os.environ.get(IMAGE_VARIABLE) or IMAGE
     try:
+        require_image(image)
+    except Unavailable as error:
+        pytestconfig.stash[LANES]["docker"] = f"did NOT run: {error}"
+        pytest.skip(f"docker: {error}")
+    pytestconfig.stash[LANES]["docker"] = f"ran: {image}"
+    return image
+
+
+@pytest.fixture(scope="session")
+def worker_image(pytestconfig: pytest.Config) -> str:
+    """The worker's image: WORKER_IMAGE, or one that is built here, on the base WORKER_BASE_IMAGE if that is set."""
+    image = os.environ.get("WORKER_IMAGE")
+    try:
+        if image is None:
+            ping()
+            image = build_worker_image("wrk-model-manager:test", base=os.environ.get("WORKER_BASE_IMAGE"))
         require_image(image)
     except Unavailable as error:
         pytestconfig.stash[LANES]["docker"] = f"did NOT run: {error}"

@@ -23,10 +23,11 @@ from schemas.documents import openapi_bytes
 from schemas.errors import ERRORS, EXIT_CONFIG_INVALID, ModelManagerError
 from worker import __version__
 from worker.announcer import Announcer
+from worker.boot import BootRefused, begin_archive, open_registry, own_storage, reach_storage
 from worker.build import build_policy, build_store
 from worker.cache import ModelCache
 from worker.dispatch import Dispatcher
-from worker.journal import Entry, JournalDamaged, JournalLocked, disk_full
+from worker.journal import Entry, disk_full
 from worker.logs import configure_logs
 from worker.metrics import Metrics
 from worker.readiness import Readiness
@@ -34,28 +35,19 @@ from worker.registry import Registry
 from worker.service.service import ModelService
 from worker.settings import Loaded
 from worker.signing import UrlSigner
+from worker.stall import LoopWatch, Supervisor
 from worker.transport.amqp import AmqpTransport
 from worker.transport.http_server import HttpServer
-from worker.upkeep.archive import Archive, ArchiveAhead
+from worker.upkeep.archive import Archive
 from worker.upkeep.clean_up import CleanUp
 from worker.upkeep.compaction import Compaction
-from worker.upkeep.ownership import NotOwner, Owner, take_ownership, watch_ownership
+from worker.upkeep.ownership import NotOwner, Owner, confirm_ownership, watch_ownership
 
 _log = structlog.get_logger()
 
-_LOCK_POLL_S = 0.5
 _PROBE_PERIOD_S = 10.0
 _OWNER_PERIOD_S = 5.0
-_EXIT_UNAVAILABLE = ERRORS["ERR_STORAGE_UNAVAILABLE"].exit_code
 _EXIT_FAILED = ERRORS["ERR_INTERNAL"].exit_code
-
-
-class BootRefused(Exception):
-    """The worker cannot start, and waiting would not help."""
-
-    def __init__(self, reason: str, exit_code: int = EXIT_CONFIG_INVALID) -> None:
-        self.exit_code = exit_code
-        super().__init__(reason)
 
 
 async def run(loaded: Loaded, stop: asyncio.Event, *, broker: bool, take_over: bool = False) -> int:
@@ -64,19 +56,25 @@ async def run(loaded: Loaded, stop: asyncio.Event, *, broker: bool, take_over: b
     configure_logs(settings.log.level, settings.log.format, settings.rack)
     for warning in loaded.warnings:
         _log.warning("setting_ignored", reason=warning)
-    app = App(loaded, broker=broker, take_over=take_over)
+    presence = LoopWatch(settings.timeouts.loop_stall, Supervisor(os.environ))
+    watch = asyncio.create_task(presence.run())
+    app = App(loaded, presence, broker=broker, take_over=take_over)
     try:
         return await app.run(stop)
     except BootRefused as refused:
         _log.error("boot_refused", reason=str(refused), exit_code=refused.exit_code)
         return refused.exit_code
+    finally:
+        watch.cancel()
+        await asyncio.wait([watch])
 
 
 class App:
     """One worker. The attributes are its parts, in the order in which they depend on each other."""
 
-    def __init__(self, loaded: Loaded, *, broker: bool, take_over: bool = False) -> None:
+    def __init__(self, loaded: Loaded, presence: LoopWatch, *, broker: bool, take_over: bool = False) -> None:
         settings = self._settings = loaded.settings
+        self._presence = presence
         self._take_over = take_over
         self._tasks: list[asyncio.Task[None]] = []
         self._failed = asyncio.Event()
@@ -173,11 +171,16 @@ class App:
         if self.amqp is not None:
             self.readiness.set("broker", False, "not connected yet")
         listening = await self._listen(again=False)
-        await self._open_registry()
+        await open_registry(self.registry, self.readiness)
+        self.metrics.replayed(self.registry.replay_seconds)
         if not listening:
             await self._listen(again=True)
-        await self._reach_storage()
-        owner = await self._own_storage()
+        await reach_storage(self.store, self.readiness)
+        owner = await own_storage(self.store, self.registry, rack=self._settings.rack, take_over=self._take_over)
+        self.clean_up.spare_older_than(owner)
+        if self._settings.archive.enabled:
+            self.archive = self._archive()
+            await begin_archive(self.archive)
         self.registry.start()
         self.readiness.set("registry", True)
         self._tell_room()
@@ -213,68 +216,6 @@ class App:
             _log.warning("http_address_taken", address=address, reason=error.strerror)
             return False
         return True
-
-    async def _open_registry(self) -> None:
-        """Lock and replay; wait while another process holds the lock."""
-        waiting = False
-        while True:
-            try:
-                await asyncio.to_thread(self.registry.open)
-            except JournalLocked as locked:
-                self.readiness.set("registry", False, "another process holds the registry's lock")
-                if not waiting:
-                    _log.warning("waiting_for_lock", reason=str(locked))
-                waiting = True
-                await asyncio.sleep(_LOCK_POLL_S)
-            except JournalDamaged as damaged:
-                raise BootRefused(f"the journal is damaged: {damaged}") from None
-            except OSError as error:
-                raise BootRefused(
-                    f"the registry cannot be opened: {error.strerror}: {error.filename}", _EXIT_UNAVAILABLE
-                ) from None
-            else:
-                self.metrics.replayed(self.registry.replay_seconds)
-                return
-
-    async def _reach_storage(self) -> None:
-        """Wait until the store answers; a bucket that is not there is refused at once."""
-        while True:
-            try:
-                await self.store.probe()
-            except ModelManagerError as error:
-                self.readiness.set("storage", False, error.message)
-                if "bucket" in error.details:
-                    raise BootRefused(error.message, _EXIT_UNAVAILABLE) from None
-                _log.warning("waiting_for_storage", reason=error.message)
-                await asyncio.sleep(_LOCK_POLL_S)
-            else:
-                self.readiness.set("storage", True)
-                return
-
-    async def _own_storage(self) -> Owner:
-        """Take the prefix, and see that its archive holds no more than our folder does."""
-        journal = self.registry.journal
-        try:
-            owner = await take_ownership(
-                self.store,
-                rack=self._settings.rack,
-                registry_id=journal.registry_id,
-                epoch=journal.epoch,
-                take_over=self._take_over,
-                raise_epoch=journal.raise_epoch,
-            )
-            if self._settings.archive.enabled:
-                self.archive = self._archive()
-                await self.archive.begin()
-        except NotOwner as error:
-            raise BootRefused(str(error)) from None
-        except ArchiveAhead as error:
-            reason = f"the registry's folder is an older copy: {error}; move it away, and `model-manager rebuild`"
-            raise BootRefused(reason) from None
-        except ModelManagerError as error:
-            raise BootRefused(error.message, _EXIT_UNAVAILABLE) from None
-        self.clean_up.spare_older_than(owner)
-        return owner
 
     def _archive(self) -> Archive:
         settings = self._settings.archive
@@ -314,13 +255,27 @@ class App:
 
     async def _watch_ownership(self, owner: Owner) -> None:
         """Stop at once when the prefix is another's: nothing more is acknowledged here."""
+        self.dispatcher.vouch = lambda: self._confirm_ownership(owner) if self._presence.doubtful else None
         try:
             await watch_ownership(self.store, owner, period_s=_OWNER_PERIOD_S)
         except NotOwner as error:
-            _log.error("ownership_lost", reason=str(error), exit_code=EXIT_CONFIG_INVALID)
-            self.registry.journal.stop(str(error))
-            self._fail(EXIT_CONFIG_INVALID)
+            self._lose_ownership(error)
             await asyncio.Event().wait()
+
+    async def _confirm_ownership(self, owner: Owner) -> None:
+        """After an absence: return if the storage is still ours. Raises ModelManagerError."""
+        try:
+            await confirm_ownership(self.store, owner)
+        except NotOwner as error:
+            self._lose_ownership(error)
+            raise ModelManagerError("ERR_SHUTTING_DOWN") from None
+        self._presence.trust()
+
+    def _lose_ownership(self, error: NotOwner) -> None:
+        if not self._failed.is_set():
+            _log.error("ownership_lost", reason=str(error), exit_code=EXIT_CONFIG_INVALID)
+        self.registry.journal.stop(str(error))
+        self._fail(EXIT_CONFIG_INVALID)
 
     async def _watch(self) -> None:
         """Keep readiness true to the journal, the broker and the store; measure the loop's lag."""

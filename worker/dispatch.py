@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any, Protocol
 
 import structlog
@@ -45,6 +46,10 @@ class RequestObserver(Protocol):
     def request_repeated(self) -> None: ...
 
 
+# None, or, when the process was absent for long, what tells whether it still is the owner.
+Vouch = Callable[[], Awaitable[None] | None]
+
+
 class Lane:
     """A bounded number of places with a bounded waiting room; beyond that, ERR_OVERLOADED."""
 
@@ -55,18 +60,70 @@ class Lane:
         self._inside = 0
         self._recent_s = 0.05  # what a request took lately, for the advice when to come back
 
-    @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
+    async def enter(self) -> None:
+        """Take a place, or wait for one; `leave` gives it back."""
         if self._inside >= self._inside_max:
             raise ModelManagerError("ERR_OVERLOADED", retryAfterMs=max(50, int(self._recent_s * 1000)), lane=self._name)
         self._inside += 1
         try:
-            async with self._places:
-                started = time.monotonic()
-                yield
-                self._recent_s += 0.1 * (time.monotonic() - started - self._recent_s)
-        finally:
+            await self._places.acquire()
+        except BaseException:
             self._inside -= 1
+            raise
+
+    def leave(self, seconds: float | None) -> None:
+        """Give the place back; `seconds` is what the request took, None if it failed."""
+        if seconds is not None:
+            self._recent_s += 0.1 * (seconds - self._recent_s)
+        self._places.release()
+        self._inside -= 1
+
+
+class _Admission:
+    """A place in a lane until a deadline, which the work can ask for; past it the work is ERR_DEADLINE_EXCEEDED.
+
+    A class, and not generators within each other: a lookup is short enough to feel them.
+    """
+
+    __slots__ = ("_deadline", "_lane", "_started", "_timeout", "_token")
+
+    def __init__(self, lane: Lane, deadline: float | None) -> None:
+        self._lane = lane
+        self._deadline = deadline
+
+    async def __aenter__(self) -> None:
+        remaining = None
+        if self._deadline is not None:
+            remaining = self._deadline - time.monotonic()
+            if remaining <= 0:
+                raise ModelManagerError("ERR_DEADLINE_EXCEEDED")
+        self._token = deadline_of_request.set(self._deadline)
+        self._timeout = asyncio.timeout(remaining)
+        await self._timeout.__aenter__()
+        try:
+            await self._lane.enter()
+        except BaseException as error:
+            await self._end(type(error), error, error.__traceback__)
+            raise
+        self._started = time.monotonic()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lane.leave(time.monotonic() - self._started if error is None else None)
+        await self._end(kind, error, trace)
+
+    async def _end(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise ModelManagerError("ERR_DEADLINE_EXCEEDED") from None
+        finally:
+            deadline_of_request.reset(self._token)
+        if isinstance(error, TimeoutError):
+            raise ModelManagerError("ERR_DEADLINE_EXCEEDED") from None
 
 
 @dataclass(slots=True)
@@ -98,6 +155,7 @@ class Dispatcher:
         self._transfers = Lane("transfer", transfers)
         self._running: dict[str, _Running] = {}
         self.draining = False
+        self.vouch: Vouch | None = None
 
     async def answer(self, method: str, body: bytes, context: Context) -> dict[str, Any]:
         """The reply body for a request's bytes. Never raises but CancelledError."""
@@ -117,8 +175,16 @@ class Dispatcher:
                 raise ModelManagerError("ERR_UNKNOWN_METHOD", f"There is no method {method[:64]!r}.")
             params = parse_params(known, parse_object(body) if isinstance(body, bytes) else body)
             if not known.effect or context.idempotency_key is None:
-                return await self._run(known, params, context)
-            return await self._once(known, params, context)
+                reply = await self._run(known, params, context)
+            else:
+                reply = await self._once(known, params, context)
+            await self._vouched(known)
+            return reply
+
+    async def _vouched(self, method: Method) -> None:
+        """Raises ModelManagerError when this process may have lost the storage: then nothing is acknowledged."""
+        if method.lane == "write" and self.vouch is not None and (doubt := self.vouch()) is not None:
+            await doubt
 
     @contextlib.asynccontextmanager
     async def admit(self, method: str, context: Context) -> AsyncIterator[None]:
@@ -129,8 +195,9 @@ class Dispatcher:
         known = METHODS[method]
         lane = self._transfers if known.lane == "write" else self._lanes["lookup"]
         with self._observed(method, context):
-            async with self._admitted(known, context, lane):
+            async with self._admission(known, context, lane):
                 yield
+            await self._vouched(known)
 
     @contextlib.contextmanager
     def _observed(self, method: str, context: Context) -> Iterator[None]:
@@ -154,29 +221,19 @@ class Dispatcher:
             self._observe.request_ended(method, code, seconds)
             _log.debug("request", op=method, code=code, ms=round(seconds * 1000, 2), transport=context.transport)
 
-    @contextlib.asynccontextmanager
-    async def _admitted(self, method: Method, context: Context, lane: Lane) -> AsyncIterator[None]:
+    def _admission(self, method: Method, context: Context, lane: Lane) -> _Admission:
+        """A place for a request; raises what it is refused with."""
         if self.draining and method.lane == "write":
             raise ModelManagerError("ERR_SHUTTING_DOWN")
         if not self._registry.opened:
             raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "The worker is starting: its registry is not open yet.")
         if method.lane == "write" and not method.frees:
             self._registry.check_room()
-        token = deadline_of_request.set(context.deadline)
-        try:
-            remaining = None if context.deadline is None else context.deadline - time.monotonic()
-            if remaining is not None and remaining <= 0:
-                raise ModelManagerError("ERR_DEADLINE_EXCEEDED")
-            async with asyncio.timeout(remaining), lane.place():
-                yield
-        except TimeoutError:
-            raise ModelManagerError("ERR_DEADLINE_EXCEEDED") from None
-        finally:
-            deadline_of_request.reset(token)
+        return _Admission(lane, context.deadline)
 
     async def _run(self, method: Method, params: Wire, context: Context) -> dict[str, Any]:
         lane = self._changes if method.name == "getChanges" else self._lanes[method.lane]
-        async with self._admitted(method, context, lane):
+        async with self._admission(method, context, lane):
             reply: dict[str, Any] = await self._service.handlers[method.name](params, context)
             return reply
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from http import HTTPStatus
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
@@ -21,6 +22,7 @@ from worker.storage.blobstore import StoreObserver
 from worker.upkeep.archive import ArchiveObserver
 
 PREFIX = "model_manager_"
+Child = TypeVar("Child", Counter, Gauge, Histogram)
 OTHER = "other"
 
 _ROUTES = {route.path for route in ROUTES} | {CONTENT, FILE, UPLOAD_FILE}
@@ -50,6 +52,19 @@ class Values:
             self._taken.add(value)
             return value
         return OTHER
+
+
+class Children(dict[tuple[str, ...], Child]):
+    """The series of one object by their labels, each looked up once; `Values` has to bound what they may be."""
+
+    def __init__(self, parent: Child) -> None:
+        super().__init__()
+        self._parent: Child = parent
+
+    def __missing__(self, labels: tuple[str, ...]) -> Child:
+        child: Child = self._parent.labels(*labels)
+        self[labels] = child
+        return child
 
 
 class Objects:
@@ -119,7 +134,8 @@ class AmqpMetrics:
 
     def delivered(self, redelivered: bool) -> None:
         self._last.set_to_current_time()
-        self._redelivered.inc(redelivered)
+        if redelivered:
+            self._redelivered.inc()
 
     def queue_wait(self, seconds: float) -> None:
         self._wait.observe(seconds)

@@ -22,6 +22,7 @@ from worker.metric_observers import (
     REQUEST_S,
     AmqpMetrics,
     ArchiveMetrics,
+    Children,
     HttpMetrics,
     JournalMetrics,
     Objects,
@@ -92,9 +93,11 @@ class Metrics:
         self._mismatches = objects.counter("checksum_mismatch_total", "Bytes with a wrong checksum.", ["where"])
         self._orphans = objects.counter("orphans_removed_total", "Blobs removed that nothing needs.", ["kind"])
         self._scrape_errors = objects.counter("scrape_errors_total", "States that could not be read for a scrape.")
-        self._requests = objects.counter("rpc_requests_total", "Requests that ended.", ["op", "code"])
-        self._durations = objects.histogram("rpc_request_duration_seconds", "Start to reply.", REQUEST_S, ["op"])
-        self._in_flight = objects.gauge("rpc_in_flight", "Requests in progress.", ["op"])
+        self._requests = Children(objects.counter("rpc_requests_total", "Requests that ended.", ["op", "code"]))
+        self._durations = Children(
+            objects.histogram("rpc_request_duration_seconds", "Start to reply.", REQUEST_S, ["op"])
+        )
+        self._in_flight = Children(objects.gauge("rpc_in_flight", "Requests in progress.", ["op"]))
         self._duplicates = objects.counter("rpc_duplicate_total", "Requests answered from an earlier one's record.")
         self._ops = Values((*METHODS, "unknown"))
         self._codes = Values((*ERRORS, "ok", "ERR_CANCELLED"))
@@ -105,10 +108,10 @@ class Metrics:
         self.archive = ArchiveMetrics(objects)
         self._callbacks: list[Callable[[], None]] = []
         for method in METHODS:
-            self._durations.labels(method)
-            self._in_flight.labels(method)
+            self._durations[method,]
+            self._in_flight[method,]
             for code in _CODES_FROM_THE_START:
-                self._requests.labels(method, code)
+                self._requests[method, code]
         for where in ("upload", "read", "validate"):
             self._mismatches.labels(where)
         for kind in ("orphan", "unneeded"):
@@ -117,14 +120,14 @@ class Metrics:
     # --- things that happen ---
 
     def request_started(self, method: str) -> None:
-        self._in_flight.labels(self._ops(method)).inc()
+        self._in_flight[self._ops(method),].inc()
 
     def request_ended(self, method: str, code: str, seconds: float) -> None:
         """`code` is `ok` or an error code."""
         op = self._ops(method)
-        self._in_flight.labels(op).dec()
-        self._requests.labels(op, self._codes(code)).inc()
-        self._durations.labels(op).observe(seconds)
+        self._in_flight[op,].dec()
+        self._requests[op, self._codes(code)].inc()
+        self._durations[op,].observe(seconds)
         if code == "ERR_CHECKSUM_MISMATCH" and method in ("storeModel", "getModel"):
             self.checksum_mismatch("upload" if method == "storeModel" else "read")
 

@@ -29,7 +29,9 @@ _UNITS = (
     | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
 )
 _ENV_PREFIX = "MODEL_MANAGER_"
-_ENV_OF_OTHERS = frozenset({"MODEL_MANAGER_CONFIG", "MODEL_MANAGER_URL", "MODEL_MANAGER_TOKEN_FILE"})
+_ENV_OF_OTHERS = frozenset(
+    {"MODEL_MANAGER_CONFIG", "MODEL_MANAGER_URL", "MODEL_MANAGER_TOKEN_FILE", "MODEL_MANAGER_REVISION"}
+)
 
 
 class SettingsError(Exception):
@@ -110,6 +112,7 @@ class TimeoutSettings(_Section):
     http_header: Seconds = 15.0
     http_idle: Seconds = 60.0
     storage: Seconds = 30.0
+    loop_stall: Seconds = 60.0
 
 
 class LimitSettings(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from deploy.local.server import Unavailable
 
 DAEMON_ANSWERS_S = 10
 STOP_S = 30
+_ROOT = Path(__file__).parents[2]
 LOG_LINES = 15
 
 
@@ -46,6 +48,20 @@ def require_image(image: str) -> None:
             DockerClient().client.images.pull(image)
     except docker_errors() as error:
         raise Unavailable(f"the image {image} cannot be pulled", "name another one, or pull it by hand") from error
+
+
+def build_worker_image(tag: str, *, base: str | None = None) -> str:
+    """Builds the worker's image as deploy/Dockerfile says; the tag. Raises `Unavailable` if that fails."""
+    arguments = [] if base is None else ["--build-arg", f"BASE={base}"]
+    command = ["docker", "build", "--network", "host", "--file", "deploy/Dockerfile", "--tag", tag, *arguments, "."]
+    with working("building the worker's image"):
+        try:
+            built = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise Unavailable(f"docker build: {error.strerror}", "install Docker's client") from error
+    if built.returncode:
+        raise Unavailable(f"the worker's image cannot be built: {built.stderr.strip()[-300:]}", "name a WORKER_IMAGE")
+    return tag
 
 
 class Container:

@@ -43,7 +43,7 @@ class ObjectStore:
     server: Server
 
     def start(self) -> None:
-        """Returns when the store says that it is alive; a given one, when it answers at all. Raises `NotStarted`."""
+        """Returns when the store says that it can serve; a given one, when it answers at all. Raises `NotStarted`."""
         self.server.start()
         given = self.source is Source.GIVEN
         wait_until_ready(
@@ -179,7 +179,7 @@ def answers(url: str, *, any_status: bool) -> bool:
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=2)
     try:
-        connection.request("GET", "/minio/health/live")
+        connection.request("GET", "/minio/health/cluster")
         return any_status or connection.getresponse().status == http.client.OK
     except (OSError, http.client.HTTPException):
         return False

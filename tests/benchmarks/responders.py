@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import aio_pika
-import aiormq
 import orjson
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aio_pika.patterns import JsonRPC
 
-from worker.transport.topology import RPC_EXCHANGE, provision, request_queue, topology
+from worker.transport.topology import RPC_EXCHANGE, request_queue, topology
 
 PREFETCH = 64  # as the worker's
 
 
 async def respond(kind: str, url: str, rack: str, reply: dict[str, Any], ready: Path) -> None:
     """Answer until the process is ended."""
-    async with await aiormq.connect(url) as provisioning:
-        await provision(provisioning, rack)
     async with await aio_pika.connect(url) as connection:
         channel = await connection.channel()
         await channel.set_qos(prefetch_count=PREFETCH)

@@ -14,14 +14,13 @@ import pytest
 
 from schemas.errors import ModelManagerError
 from tests.rack import LocalRack
-from worker.journal import Until, base_name
-from worker.registry import Registry
+from tests.registry_view import compact_here, view, view_after_boot
+from worker.journal import Until
 from worker.storage.blobstore import BlobStore
 from worker.storage.disk import DiskStore
 from worker.storage.memory import MemoryStore
 from worker.upkeep.archive import Archive, ArchiveAhead
 from worker.upkeep.archive_layout import Piece, covering
-from worker.upkeep.compaction_child import compact
 from worker.upkeep.ownership import NotOwner, take_ownership
 from worker.upkeep.rebuild import CannotRebuild, Rebuilt, rebuild
 
@@ -111,34 +110,6 @@ async def rebuilt(store: BlobStore, folder: Path, until: Until | None = None, ep
     )
 
 
-async def state_of(folder: Path) -> dict[str, Any]:
-    """What a boot from the folder knows."""
-    registry = Registry(folder)
-    await asyncio.to_thread(registry.open)
-    try:
-        return described(registry)
-    finally:
-        await registry.close()
-
-
-def described(registry: Registry) -> dict[str, Any]:
-    catalog, table = registry.catalog, registry.catalog.table
-    versions = {}
-    for row in range(len(table.model)):
-        if catalog.has_row(row):
-            entry = catalog.entry(row, wait=True)
-            versions[entry.model, entry.version] = (entry.checksum, entry.metadata, entry.revision, entry.deleted_at)
-    aliases = {model: {name: to for name, (to, _) in named.items()} for model, named in catalog.aliases.items()}
-    return {"versions": versions, "aliases": {model: named for model, named in aliases.items() if named}}
-
-
-async def compacted(rack: LocalRack) -> None:
-    """Compaction without its process."""
-    journal = rack.registry.journal
-    manifest = await journal.rotate()
-    await journal.adopt(await asyncio.to_thread(compact, journal.folder, base_name(manifest.generation + 1)))
-
-
 async def some_history(rack: LocalRack, chance: random.Random, steps: int) -> None:
     """Stores, deletes, aliases; rotations and compactions between them."""
     for _ in range(steps):
@@ -153,8 +124,8 @@ async def some_history(rack: LocalRack, chance: random.Random, steps: int) -> No
                 await rack.call("setAlias", {"modelId": model, "alias": "stable", "version": version})
             elif step < 0.93:
                 await rack.registry.journal.rotate()
-            elif step < 0.96 and not rack.registry.journal.held:
-                await compacted(rack)
+            elif step < 0.96 and not rack.registry.journal.superseded.held:
+                await compact_here(rack.registry)
         except ModelManagerError as error:
             assert error.code in ("ERR_MODEL_NOT_FOUND", "ERR_MODEL_ALREADY_EXISTS")
 
@@ -166,7 +137,7 @@ async def test_after_a_round_the_registry_can_be_made_of_the_store_alone(tmp_pat
     archive = archive_of(rack)
     await archive.begin()
     await archive.round()
-    head, before = rack.registry.journal.head, described(rack.registry)
+    head, before = rack.registry.journal.head, view(rack.registry)
     assert (archive.head, archive.lag_s) == (head, 0.0)
     await rack.registry.close()
     shutil.rmtree(tmp_path / "registry")
@@ -174,7 +145,7 @@ async def test_after_a_round_the_registry_can_be_made_of_the_store_alone(tmp_pat
     done = await rebuilt(rack.store, tmp_path / "registry")
     assert (done.journal.epoch, done.from_epoch, done.journal.head) == (2, 1, head)
     assert (done.missing_versions, done.unknown_blobs) == (0, 0)
-    assert await state_of(tmp_path / "registry") == before
+    assert await view_after_boot(tmp_path / "registry") == before
     await rack.store.close()
 
 
@@ -187,14 +158,14 @@ async def test_every_point_that_was_archived_can_be_reached_again(tmp_path: Path
     states: dict[int, dict[str, Any]] = {}
     for _ in range(25):
         await some_history(rack, chance, 3)
-        states[rack.registry.journal.head] = described(rack.registry)
+        states[rack.registry.journal.head] = view(rack.registry)
         if chance.random() < 0.6:
             await archive.round()
     await archive.round()
     await rack.registry.close()
     for number, (sequence, state) in enumerate(states.items()):
         await rebuilt(rack.store, tmp_path / str(number), Until(sequence=sequence), epoch=1)
-        assert await state_of(tmp_path / str(number)) == state
+        assert await view_after_boot(tmp_path / str(number)) == state
 
 
 async def test_a_writer_that_dies_at_any_call_leaves_what_the_next_one_completes(tmp_path: Path) -> None:
@@ -211,7 +182,7 @@ async def test_a_writer_that_dies_at_any_call_leaves_what_the_next_one_completes
                 if step == 1:
                     await rack.registry.journal.rotate()
                 if step == 2:
-                    await compacted(rack)
+                    await compact_here(rack.registry)
                 await archive.round()
         except Died:
             died = True
@@ -222,7 +193,7 @@ async def test_a_writer_that_dies_at_any_call_leaves_what_the_next_one_completes
         assert again.head == rack.registry.journal.head
         await rack.registry.close()
         await rebuilt(store, folder / "rebuilt")
-        assert await state_of(folder / "rebuilt") == await state_of(folder / "registry")
+        assert await view_after_boot(folder / "rebuilt") == await view_after_boot(folder / "registry")
         if not died:
             assert fatal > 20
             return
@@ -266,7 +237,7 @@ async def test_a_store_that_is_away_is_caught_up_with(tmp_path: Path) -> None:
     assert (archive.head, archive.lag_s) == (rack.registry.journal.head, 0.0)
     await rack.registry.close()
     await rebuilt(store, tmp_path / "rebuilt")
-    assert await state_of(tmp_path / "rebuilt") == await state_of(tmp_path / "registry")
+    assert await view_after_boot(tmp_path / "rebuilt") == await view_after_boot(tmp_path / "registry")
 
 
 async def test_a_tail_has_few_pieces_however_often_it_grows(tmp_path: Path) -> None:
@@ -321,7 +292,7 @@ async def test_what_no_point_in_reach_needs_is_forgotten(tmp_path: Path) -> None
     await archive.round()
     first = await files()
     await rack.store_bytes("net", "1.1.0", b"two")
-    await compacted(rack)
+    await compact_here(rack.registry)
     await archive.round()
     assert first & await files(), "the points before the base are still in reach"
     clock.now += 1001
@@ -393,7 +364,7 @@ async def test_a_registry_that_takes_over_goes_on_in_a_higher_epoch(tmp_path: Pa
     await archive_of(second).round()
     for rack in (first, second):
         await rack.registry.close()
-    assert (await state_of(tmp_path / "second" / "registry"))["versions"].keys() == {("other", "1.0.0")}
+    assert (await view_after_boot(tmp_path / "second" / "registry"))["versions"].keys() == {"other"}
     assert {int(stat.key.split("/")[1]) async for stat in store.list("journal/")} == {1, 2}
 
 
@@ -428,7 +399,7 @@ async def test_a_folder_with_records_is_never_replaced(tmp_path: Path) -> None:
     await rack.registry.close()
     with pytest.raises(CannotRebuild, match="1 records"):
         await rebuilt(rack.store, tmp_path / "registry")
-    assert (await state_of(tmp_path / "registry"))["versions"].keys() == {("net", "1.0.0")}
+    assert (await view_after_boot(tmp_path / "registry"))["versions"].keys() == {"net"}
     await rack.store.close()
 
 

@@ -12,6 +12,8 @@ import pytest
 import pytest_asyncio
 
 from schemas.errors import ERRORS
+from schemas.method_errors import errors_of
+from schemas.rpc import METHODS
 from tests.bad_inputs import BAD_INPUTS, ZEROS, BadInput, b64, seed
 from tests.rack import LocalRack
 from worker.context import Context
@@ -59,6 +61,7 @@ async def test_a_bad_input_gets_its_code_and_changes_nothing(prepared: Prepared,
     assert reply["success"] is False
     error = reply["error"]
     assert error["code"] == bad.code, error["message"]
+    assert bad.method not in METHODS or bad.code in errors_of(bad.method), "the documents tell of it"
     assert set(error) == {"code", "message", "retryable", "details"}
     assert error["retryable"] is ERRORS[bad.code].retryable is False
     assert len(json.dumps(reply)) < MOST_REPLY_BYTES

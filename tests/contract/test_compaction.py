@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.registry_view import view
 from worker.journal import Base, Entry, Files, Journal, JournalDamaged, SealedFile, verify
 from worker.journal.manifest import read_manifest
 from worker.registry import Change, Registry
@@ -123,27 +124,6 @@ class History:
 
     def _job(self, _: list[tuple[str, str]]) -> tuple[str, dict[str, Any]]:
         return "job.begin", {"job": f"job-{self._number}", "method": "validateModel", "params": {}, "created": 0}
-
-
-def view(registry: Registry) -> dict[str, Any]:
-    """All that the catalog says."""
-    catalog = registry.catalog
-    versions: dict[str, Any] = {}
-    for name in sorted({model for row, model in enumerate(catalog.table.model) if catalog.has_row(row)}):
-        model = catalog.model(name)
-        assert model is not None
-        entries = [catalog.entry(catalog.table.find(name, version), wait=True) for version in model.versions]
-        versions[name] = ([(entry, catalog.aliases_of(entry)) for entry in entries], dict(model.aliases))
-    blobs = {key: catalog.blobs.needs(key) for key in (f"blobs/{n:026d}" for n in range(50))}
-    return {
-        "versions": versions,
-        "totals": catalog.totals,
-        "blobs": (len(catalog.blobs), catalog.blobs.bytes, blobs),
-        "keys": {n: catalog.blobs.key_of(f"{n:064x}") for n in range(50)},
-        "jobs": {job.id: job.state for job in catalog.jobs.values()},
-        "types": {name: count for name, count in catalog.table.type_counts().items() if count},
-        "requests": sorted(key for key, *_ in catalog.requests.dumped()),
-    }
 
 
 def opened(folder: Path) -> Registry:

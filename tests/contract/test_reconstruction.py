@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash.disk import Disk
+from tests.crash.life import Life, boot
+from tests.crash.stage import FOLDER
 from tests.rack import LocalRack
 from worker.journal import Entry, Journal, JournalDamaged, dump, verify
+from worker.journal.backup import backup
 from worker.journal.files import Files
 from worker.journal.format import CONTROL_OPS
 from worker.journal.manifest import read_manifest
 from worker.journal.reconstruction import PointUnreachable, Reconstructed, Reconstruction, Until
 from worker.upkeep.compaction import compact_folder
+from worker.upkeep.restore import restore
 
 
 class Clock:
@@ -152,3 +157,15 @@ async def test_a_file_that_is_not_the_next_one_is_refused(tmp_path: Path) -> Non
     assert work.take(first)
     with pytest.raises(JournalDamaged, match=third):
         work.take(third)
+
+
+def test_a_restore_that_was_made_survives_a_power_cut() -> None:
+    disk = Disk()
+    life = Life(FOLDER, disk)
+    life.put([{"n": number} for number in range(5)])
+    left = disk.copy()
+    life.close()
+    backup(FOLDER, FOLDER.with_name("backup"), files=left, patience_s=0)
+    elsewhere = FOLDER.with_name("elsewhere")
+    restore(FOLDER.with_name("backup"), elsewhere, epoch=2, until=Until(), progress=lambda *_: None, files=left)
+    assert len(boot(elsewhere, left.after_cut(()))) == 5

@@ -25,6 +25,7 @@ TESTS = (
     "tests/contract/test_journal.py",
     "tests/contract/test_journal_backup.py",
     "tests/contract/test_journal_overview.py",
+    "tests/contract/test_reconstruction.py",
     "tests/contract/test_compaction.py",
     "tests/unit/test_journal_format.py",
 )

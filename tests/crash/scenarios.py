@@ -11,11 +11,12 @@ from pathlib import Path
 from tests.crash.disk import Disk
 from tests.crash.life import boot
 from tests.crash.stage import FOLDER, Over, Scenario, Stage, Violation
-from worker.journal import JournalDamaged, verify
+from worker.journal import JournalDamaged, Until, verify
 from worker.journal.backup import backup
 from worker.journal.files import SyncFailed
 from worker.journal.manifest import read_manifest
 from worker.journal.repair import repair
+from worker.upkeep.restore import restore
 
 _NOTE = b"left by an operator"
 _SPOILED = b'"op":"?ark"'
@@ -189,6 +190,51 @@ def repairing(stage: Stage) -> None:
         raise Over from error
 
 
+def restoring(stage: Stage) -> None:
+    """Of a backup with a base and a tail, where the folder was lost."""
+    _lose_the_folder(stage)
+    _play_restore(stage)
+
+
+def restoring_over_an_empty_journal(stage: Stage) -> None:
+    """A worker that was started on nothing has left one."""
+    _lose_the_folder(stage)
+    boot(FOLDER, stage.disk)
+    stage.replace_disk(stage.disk.copy())
+    _play_restore(stage)
+
+
+def _lose_the_folder(stage: Stage) -> None:
+    with stage.life(segment_bytes=700, killed=True):
+        stage.put(3)
+        stage.compact()
+        stage.put(3)
+        stage.put(2)
+    disk = stage.disk
+    backup(FOLDER, _FIRST, files=disk, patience_s=0)
+    for name in disk.list(FOLDER):
+        disk.unlink(FOLDER / name)
+    disk.fsync_dir(FOLDER)
+
+
+def _play_restore(stage: Stage) -> None:
+    stage.moments.clear()
+    try:
+        _restore(stage.disk)
+    except (OSError, SyncFailed) as error:
+        raise Over from error
+
+
+def _restore(disk: Disk) -> None:
+    restore(_FIRST, FOLDER, epoch=2, until=Until(), progress=lambda step, done, total: None, files=disk)
+
+
+def restore_if_missing(disk: Disk) -> None:
+    """It is there whole, or there is nothing that a worker would serve, and the operator begins anew."""
+    if "MANIFEST" not in disk.list(FOLDER) or verify(FOLDER, files=disk).records == 0:
+        _restore(disk)
+
+
 def unknown_file(stage: Stage) -> None:
     disk = stage.disk
     disk.mkdir(FOLDER.parent)
@@ -264,5 +310,7 @@ SCENARIOS = (
     Scenario("full disk", full_disk),
     Scenario("backup", backing_up, intact=backups_are_whole),
     Scenario("repair", repairing, intact=damaged_bytes_are_kept, mend=repair_if_refused),
+    Scenario("restore", restoring, mend=restore_if_missing),
+    Scenario("restore over an empty journal", restoring_over_an_empty_journal, mend=restore_if_missing),
     Scenario("unknown file", unknown_file, intact=note_is_kept),
 )

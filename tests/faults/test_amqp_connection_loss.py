@@ -8,7 +8,8 @@ import time
 import pytest
 
 from tests.amqp import PATIENCE_S, Caller, Served, calling, eventually, serving
-from worker.transport import topology
+from tests.ledger.proxy import Proxy
+from worker.transport import connections, consuming, replies, topology
 from worker.transport.reply_addresses import DIRECT_PREFIX
 
 pytestmark = pytest.mark.broker
@@ -56,6 +57,22 @@ async def test_work_goes_on_when_a_connection_is_closed_in_the_middle_of_it(rabb
         assert served.dispatcher.cancelled == 0
         await expect_one_consumer(caller, served)
         assert (await caller.call("echo")).body["success"]
+
+
+async def test_connections_whose_other_end_is_gone_are_found_without_any_heartbeat(
+    amqp_url: str, rack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (consuming, replies):
+        monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.2)
+    monkeypatch.setattr(connections, "CONNECT_TIMEOUT_S", 1.0)
+    async with Proxy(amqp_url) as proxy, serving(proxy.url, rack) as served, calling(amqp_url, rack) as caller:
+        await eventually(lambda: served.transport.status.connected)
+        proxy.half_open("far")
+        assert proxy.counts["half-opened"] == 2
+        await caller.publish("count", headers={"x-idempotency-key": "k-1"})
+        await eventually(lambda: caller.replies)
+        await eventually(lambda: served.observer.counts["reconnected"] == 2)
+        assert served.dispatcher.effects == {"k-1": 1}
 
 
 async def test_a_queue_deleted_under_the_consumer_is_made_again(amqp_url: str, rack: str) -> None:

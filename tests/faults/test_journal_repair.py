@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.test_compaction import History, append, opened, view
+from tests.contract.test_compaction import History, append, opened
 from tests.crash.disk import Disk
 from tests.crash.life import Life, boot
 from tests.crash.stage import FOLDER
+from tests.registry_view import view
 from worker.journal import Entry, Files, Journal, JournalDamaged, JournalLocked, verify
 from worker.journal.lock import FolderLock
 from worker.journal.manifest import read_manifest
@@ -367,3 +368,23 @@ def test_a_repair_that_was_made_survives_a_power_cut() -> None:
     disk.fdatasync(fd)
     assert repair(FOLDER, accept_loss=True, files=disk).repaired
     assert [entry.record["n"] for entry in boot(FOLDER, disk.after_cut(()))] == [0, 2, 3]
+
+
+class Swallowing(Files):
+    """A disk that says it has written the seal of a base, and has not."""
+
+    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        if bytes(data).startswith(b'{"v":1,') and b'"op":"seal"' in bytes(data)[:80]:
+            return len(data)
+        return super().pwrite(fd, data, offset)
+
+
+def test_a_base_that_is_not_on_the_disk_as_it_was_written_is_not_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "registry"
+    filled(folder)
+    flip(files_of(folder)[1], 200)
+    with pytest.raises(OSError, match="read back"):
+        repair(folder, accept_loss=True, files=Swallowing())
+    with pytest.raises(JournalDamaged):
+        booted(folder)
+    assert repair(folder, accept_loss=True).repaired

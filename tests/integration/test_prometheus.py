@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 
@@ -72,6 +72,18 @@ def test_the_shipped_configuration_is_as_promtool_wants_it() -> None:
     subprocess.run([program("promtool"), "check", "config", str(SHIPPED)], capture_output=True, timeout=60, check=True)
 
 
+def test_each_alert_fires_for_what_is_sick_and_not_for_what_is_well() -> None:
+    ran = subprocess.run(
+        [program("promtool"), "test", "rules", "rules_test.yml"],
+        cwd=SHIPPED.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, "Unit Testing:  rules_test.yml\n  SUCCESS\n\n"), ran.stderr
+
+
 def test_prometheus_with_the_shipped_configuration_sees_the_worker_up(service: Service, tmp_path: Path) -> None:
     with Prometheus(program("prometheus"), tmp_path, urlsplit(service.url).netloc) as prometheus:
         wait_until(lambda: prometheus.health() == "up", "the target is up")
@@ -82,6 +94,22 @@ def test_prometheus_with_the_shipped_configuration_sees_the_worker_up(service: S
         assert up["value"][1] == "1"
         seen = prometheus.ask("label/__name__/values")
         assert any(name.startswith("model_manager_") for name in seen)
+        rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
+        assert len(rules) > 10
+        assert {rule["state"] for rule in rules if rule["name"] != "ModelManagerChecksumMismatch"} == {"inactive"}
+        for expression in dashboard():
+            wait_until(lambda asked=expression: prometheus.query(asked), f"data for {expression}")
+
+
+def dashboard() -> set[str]:
+    """What the dashboard asks for that there is after two scrapes of a worker without a broker."""
+    board = json.loads((SHIPPED.parents[1] / "grafana/model-manager.json").read_text())
+    asked = {target["expr"] for panel in board["panels"] for target in panel.get("targets", [])}
+    return {
+        each.replace("$rack", ".*").replace("$__rate_interval", "5s")
+        for each in asked
+        if "histogram_quantile" not in each and "errors_total" not in each
+    }
 
 
 class Prometheus:
@@ -92,7 +120,8 @@ class Prometheus:
         address = f"127.0.0.1:{SHIPPED_PORT}"
         assert shipped.count(address) == 1
         config = folder / "prometheus.yml"
-        config.write_text(shipped.replace(address, target))
+        config.write_text(shipped.replace(address, target).replace("15s", "1s"))
+        shutil.copy(SHIPPED.with_name("rules.yml"), folder)
         self._url = f"http://127.0.0.1:{free_port()}"
         self._log = folder / "prometheus-log"
         self._command = [
@@ -115,6 +144,10 @@ class Prometheus:
         """The data of an answer of its HTTP API."""
         with urllib.request.urlopen(f"{self._url}/api/v1/{question}", timeout=10) as answer:
             return json.loads(answer.read())["data"]
+
+    def query(self, expression: str) -> Any:
+        """What the expression gives now; nothing is no series."""
+        return self.ask(f"query?query={quote(expression)}")["result"]
 
     def health(self) -> str:
         """The health of the one target; it is `unknown` before the first scrape."""

@@ -6,23 +6,20 @@ import time
 from typing import Any
 
 import pytest
-from aiormq.abc import DeliveredMessage
 from hypothesis import given
 from hypothesis import strategies as st
 from pamqp.commands import Basic
-from pamqp.header import ContentHeader
 
 from worker.transport.deliveries import MAX_KEY_CHARACTERS, Request, read_request
+from worker.transport.hot_channel import Message
 from worker.transport.reply_addresses import is_permitted, node_of
 
 DIRECT = "amq.rabbitmq.reply-to.g1h2AA5yZXBseUAyMTczMzU1NgAAA5MAAAAAawT3ew==.9SAiEhneZsLVRwoRjfEkWg=="
 
 
 def read(*, exchange: str = "model-manager.rpc", key: str = "rack-1.ping", **properties: Any) -> Request:
-    delivery = Basic.Deliver(consumer_tag="t", delivery_tag=1, exchange=exchange, routing_key=key)
-    header = ContentHeader(properties=Basic.Properties(**properties))
     # The channel is only touched when a delivery is settled.
-    return read_request(DeliveredMessage(delivery=delivery, header=header, body=b"{}", channel=None))  # type: ignore[arg-type]
+    return read_request(Message(None, 1, False, exchange, key, Basic.Properties(**properties), b"{}"))  # type: ignore[arg-type]
 
 
 def key_of(**properties: Any) -> str | None:

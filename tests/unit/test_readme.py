@@ -10,10 +10,15 @@ from typer.testing import CliRunner
 
 from schemas.errors import ERRORS
 from schemas.hints import HINT_TYPES
+from schemas.ids import MAX_FILES, MAX_METADATA_BYTES, MAX_TAGS
+from schemas.model import MAX_WAIT_MS
 from schemas.rpc import METHODS
+from schemas.wire import MAX_BODY_BYTES, MAX_DEPTH
 from worker.cli import app
 from worker.metrics import Metrics
 from worker.settings import known_keys
+from worker.transport import topology
+from worker.transport.replies import MAX_REPLY_BYTES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -57,7 +62,7 @@ def test_every_metric_is_listed_and_every_listed_metric_exists() -> None:
 
 
 def test_every_command_exists() -> None:
-    commands = set(re.findall(r"model-manager ((?:config|topology|dead|journal) \w+|[a-z]+)\b", README))
+    commands = set(re.findall(r"(?<![-/])model-manager ((?:config|topology|dead|journal) \w+|[a-z]+)\b", README))
     for command in sorted(commands):
         shown = CliRunner().invoke(app, [*command.split(), "--help"])
         assert shown.exit_code == 0, command
@@ -72,3 +77,32 @@ def test_every_make_target_exists() -> None:
 def test_every_link_leads_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_the_orchestrator_is_the_program_that_the_tests_run() -> None:
+    program = (ROOT / "tests/callers/orchestrator.py").read_text()
+    shown = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert [text for text in shown if text not in program] == []
+    assert any("ModelManagerClient" in text for text in shown)
+
+
+def test_the_limits_on_the_wire_are_those_of_the_code() -> None:
+    section = README.partition("### On the wire")[2].partition("### Methods")[0].replace("\n", " ")
+    for limit in (
+        f"at most {MAX_BODY_BYTES // 1_000_000} MB, {MAX_DEPTH} levels",
+        f"{MAX_METADATA_BYTES // 1024} KiB and {MAX_TAGS} tags",
+        f"{MAX_FILES:,} files",
+        f"`waitMs` {MAX_WAIT_MS:,}",
+        f"A reply has at most {MAX_REPLY_BYTES // 1_000_000} MB",
+        f"{topology.MAX_REQUESTS:,} requests or {topology.MAX_REQUEST_BYTES // 1_000_000} MB",
+        f"for {topology.DEAD_LETTER_TTL_MS // 86_400_000} days",
+    ):
+        assert limit in section, limit
+    assert topology.DELIVERY_LIMIT == 20, "as the section says"
+    assert all(f"`{name}`" in section for name in (topology.RPC_EXCHANGE, topology.dead_letter_queue("<rack>")))
+
+
+def test_the_callers_are_as_short_as_is_said() -> None:
+    files = [*(ROOT / "tests/callers/node").glob("*.mjs"), *(ROOT / "tests/callers/go").glob("*.go")]
+    assert files
+    assert {file.name: lines for file in files if (lines := len(file.read_text().splitlines())) >= 100} == {}

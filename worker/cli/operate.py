@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import typer
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _EXIT_SOME_FAILED = 1
 _MASK = "********"
+_PROBE_TIMEOUT_S = 4.0
 
 config = typer.Typer(help="The settings and where they come from.", no_args_is_help=True)
 topology = typer.Typer(help="Exchanges and queues on the broker.", no_args_is_help=True)
@@ -35,6 +38,7 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(config, name="config")
     app.add_typer(topology, name="topology")
     app.command("doctor")(doctor)
+    app.command("probe")(probe)
 
 
 # --- config ---
@@ -214,3 +218,25 @@ def _examine_journal(settings: Settings) -> str:
     if report["damage"] is not None:
         raise damaged(report["damage"])
     return f"{report['records']} records up to sequence {report['head']}, epoch {report['epoch']}, all good"
+
+
+# --- probe ---
+
+
+def probe(
+    ctx: typer.Context,
+    url: Annotated[str | None, typer.Option("--url", help="The worker's HTTP; else the one on this machine.")] = None,
+    ready: Annotated[bool, typer.Option("--ready", help="Whether requests should be sent to it.")] = False,
+) -> None:
+    """Ask a worker whether it lives: for the health checks of containers. The exit status is 7 if it does not."""
+    out = started(ctx)
+    base = url or f"http://127.0.0.1:{loaded_settings(out).settings.http.port}"
+    path = "/readyz" if ready else "/livez"
+    try:
+        with urllib.request.urlopen(f"{base.rstrip('/')}{path}", timeout=_PROBE_TIMEOUT_S) as answer:
+            body = answer.read().decode("utf-8", "replace")
+    except urllib.error.HTTPError as error:
+        raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", f"{path} says {error.code}.", hint="") from None
+    except OSError as error:
+        raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", f"Nobody answers: {error}.", hint="") from None
+    out.result({"success": True}, lambda: [body.strip()])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,60 +29,126 @@ from aiormq.exceptions import ChannelAccessRefused
 from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
 from schemas.rpc import METHODS
-from schemas.wire import dump, parse_object
+from schemas.wire import MAX_BODY_BYTES, dump, parse_object
 from worker.client.caller import Unreachable, error_of, no_answer, until_answered
 
 RPC_EXCHANGE = "model-manager.rpc"
 MAX_REPLY_BYTES = 16 * 1024**2
-_HEARTBEAT_S = 20
+_HEARTBEAT_S = 10
+_CONNECT_S = 10.0
 _CLOSE_S = 5.0
+_WATCH_S = 5.0
+_RESEND_S = 10.0
+# The broker closes the channel on an `expiration` of 2^32 ms or more.
+_LONGEST_S = 4_000_000.0
+_CLOSED = "This caller is closed."
 
 
 @dataclass(slots=True)
 class _Link:
-    """A connection with its reply queue. `waiters` are by correlation id, which is new for each request."""
+    """A connection with its reply queue. `waiters` are by correlation id, which is new for each request.
+
+    `late` is called for a reply that nobody waits for.
+    """
 
     connection: AbstractConnection
     channel: AbstractChannel
     exchange: AbstractExchange
     reply_to: str
+    late: Callable[[], None]
     waiters: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)
     lost: bool = False
+    watching: asyncio.Task[None] | None = None
 
     async def answer(self, message: AbstractIncomingMessage) -> None:
         waiter = self.waiters.get(message.correlation_id or "")
-        if waiter is not None and not waiter.done():
+        if waiter is None or waiter.done():
+            self.late()
+        else:
             waiter.set_result(message.body)
 
+    async def watch(self) -> None:
+        """Lose the link when the broker does not know its reply queue any more, or says nothing for `_WATCH_S`."""
+        while not self.lost:
+            await asyncio.sleep(_WATCH_S)
+            if not self.waiters or await self._blocked():
+                continue
+            try:
+                with _lost():
+                    await self.channel.declare_queue(self.reply_to, passive=True, timeout=_WATCH_S)
+            except (Unreachable, ChannelNotFoundEntity):
+                if not await self._blocked():
+                    self.lose()
+
+    async def _blocked(self) -> bool:
+        """Whether the broker has said that it reads nothing for now; it answers nothing then."""
+        if self.connection.transport is None:
+            return False
+        unblocked = asyncio.ensure_future(self.connection.transport.connection.ready())
+        await asyncio.sleep(0)
+        blocked = not unblocked.done()
+        unblocked.cancel()
+        return blocked
+
     def lose(self, *_: object) -> None:
+        """Of no more use: its waiters end, and may ask again on the next one."""
+        self.end("The connection to the broker was lost.", passing=True)
+
+    def end(self, reason: str, *, passing: bool) -> None:
         self.lost = True
+        if self.watching is not None:
+            self.watching.cancel()
         for waiter in self.waiters.values():
             if not waiter.done():
-                waiter.set_exception(Unreachable("The connection to the broker was lost.", passing=True))
+                waiter.set_exception(Unreachable(reason, passing=passing))
 
 
 class AmqpCaller:
-    """Calls the worker of `rack` through the broker at `url`. Connects with the first call."""
+    """Calls the worker of `rack` through the broker at `url` (`amqp://` or `amqps://`).
+
+    It connects with the first call, and again with the first one after a loss. Calls that were in flight then are sent
+    once more with the key they had, so their effect happens once. It belongs to one event loop.
+    """
 
     def __init__(self, url: str, rack: str) -> None:
         self._url = url
         self._rack = rack
-        self._link: _Link | None = None
-        self._connecting = asyncio.Lock()
+        self._opening: asyncio.Task[_Link] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
         self._reached = False
+        self._answered = False
         self._closed = False
+        self.late_replies = 0
+        """Replies dropped because nobody waited any more: after the deadline, after a cancelled call, or twice."""
+        self.connections = 0
+        """Connections made so far; each one after the first follows a loss."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are published and neither answered nor given up."""
+        link = _link_of(self._opening)
+        return 0 if link is None else len(link.waiters)
 
     async def call(
         self, method: str, params: Mapping[str, Any], *, timeout_s: float, idempotency_key: str | None = None
     ) -> dict[str, Any]:
+        """See `Caller.call`. ERR_DEADLINE_EXCEEDED tells whether the broker or the worker was slow; `Unreachable` comes
+        at once when the rack has no queue or the broker was never reached, ERR_UNAUTHORIZED and ERR_FORBIDDEN when the
+        broker refuses the login or what it asks for.
+        """
         body = dump(params)
+        if len(body) > MAX_BODY_BYTES:  # a broker may close the channel, and all calls on it, for a body too large
+            raise ModelManagerError(
+                "ERR_INVALID_REQUEST", f"The body is over {MAX_BODY_BYTES} bytes.", maxBodySize=MAX_BODY_BYTES
+            )
 
         async def attempt(left_s: float, key: str | None) -> dict[str, Any]:
+            request = _Request(method, body, key, time.monotonic() + left_s)
             try:
                 async with asyncio.timeout(left_s):
-                    reply = await self._exchange(method, body, left_s, key)
+                    reply = await self._answer(request)
             except TimeoutError:
-                raise no_answer(timeout_s) from None
+                raise no_answer(timeout_s, taken=request.taken) from None
             if reply.get("success") is not True:
                 raise error_of(reply)
             return reply
@@ -94,97 +160,122 @@ class AmqpCaller:
 
     async def close(self) -> None:
         self._closed = True
-        async with self._connecting:
-            link, self._link = self._link, None
+        opening, self._opening = self._opening, None
+        if opening is not None and not opening.done():
+            opening.cancel()
+            await asyncio.wait([opening])
+        link = _link_of(opening)
         if link is not None:
-            link.lose()
-            with contextlib.suppress(TimeoutError, *CONNECTION_EXCEPTIONS):
-                await asyncio.wait_for(link.connection.close(), _CLOSE_S)
+            link.end(_CLOSED, passing=False)
+            self._leave(link.connection)
+        if self._leaving:
+            await asyncio.wait(self._leaving)
 
-    async def _exchange(self, method: str, body: bytes, left_s: float, key: str | None) -> dict[str, Any]:
-        deadline = time.monotonic() + left_s
+    async def _answer(self, request: _Request) -> dict[str, Any]:
+        """Send it, and again each time that a doubling patience is over, and return the first answer."""
+        patience_s = _RESEND_S
+        while True:
+            try:
+                async with asyncio.timeout(patience_s):
+                    return await self._exchange(request)
+            except TimeoutError:
+                patience_s *= 2
+
+    async def _exchange(self, request: _Request) -> dict[str, Any]:
         link = await self._connected()
         correlation_id = new_ulid()
         waiter: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         link.waiters[correlation_id] = waiter
         try:
-            message = self._request(link, method, body, deadline - time.monotonic(), key, correlation_id)
-            await self._publish(link, message, method, waiter)
+            await self._publish(link, request, request.message(link.reply_to, correlation_id), waiter)
             reply = await waiter
         finally:
             del link.waiters[correlation_id]
             if waiter.done() and not waiter.cancelled():
                 waiter.exception()  # taken note of, even if the publish failed first
-        return parse_object(reply, limit=MAX_REPLY_BYTES)
-
-    def _request(
-        self, link: _Link, method: str, body: bytes, left_s: float, key: str | None, correlation_id: str
-    ) -> aio_pika.Message:
-        left_s = max(left_s, 0.001)
-        headers: dict[str, str | int] = {"x-deadline": int((time.time() + left_s) * 1000)}
-        if key is not None:
-            headers["x-idempotency-key"] = key
-        known = METHODS.get(method)
-        effect = known is not None and known.effect
-        return aio_pika.Message(
-            body,
-            content_type="application/json",
-            type=method,
-            reply_to=link.reply_to,
-            correlation_id=correlation_id,
-            message_id=new_ulid(),  # new for each publish: returns are matched by it
-            expiration=left_s,
-            headers=dict(headers),
-            delivery_mode=aio_pika.DeliveryMode.PERSISTENT if effect else aio_pika.DeliveryMode.NOT_PERSISTENT,
-        )
+        self._answered = True
+        try:
+            return parse_object(reply, limit=MAX_REPLY_BYTES)
+        except ModelManagerError as error:
+            raise ModelManagerError("ERR_INTERNAL", f"The answer is not a reply: {error.message}") from None
 
     async def _publish(
-        self, link: _Link, message: aio_pika.Message, method: str, waiter: asyncio.Future[bytes]
+        self, link: _Link, request: _Request, message: aio_pika.Message, waiter: asyncio.Future[bytes]
     ) -> None:
         """Publish and wait for the broker's confirm, which a lost connection may never bring."""
-        confirm = asyncio.ensure_future(link.exchange.publish(message, f"{self._rack}.{method}", mandatory=True))
+        key = f"{self._rack}.{request.method}"
+        confirm = asyncio.ensure_future(link.exchange.publish(message, key, mandatory=True))
         either: set[asyncio.Future[Any]] = {confirm, waiter}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if confirm.done():
                 with _lost(link):
                     await confirm
+            request.taken = True
         except PublishError:
-            raise Unreachable(f"There is no worker's queue for rack {self._rack} on that broker.") from None
+            reason = f"There is no worker's queue for rack {self._rack} on that broker."
+            raise Unreachable(reason, passing=self._answered) from None
         except DeliveryError:
             raise ModelManagerError("ERR_OVERLOADED", "The queue of the rack is full.") from None
         finally:
             confirm.cancel()
             await asyncio.gather(confirm, return_exceptions=True)
 
+    # --- connections ---
+
     async def _connected(self) -> _Link:
-        async with self._connecting:
-            if self._closed:
-                raise Unreachable("This caller is closed.")
-            if self._link is not None and not self._link.lost:
-                return self._link
-            if self._link is not None:
-                stale, self._link = self._link, None
-                with contextlib.suppress(TimeoutError, *CONNECTION_EXCEPTIONS):
-                    await asyncio.wait_for(stale.connection.close(), _CLOSE_S)
-            self._link = await self._open()
-            self._reached = True
-            return self._link
+        """The link in use, else a new one. A call that gives up waiting for it leaves it to the others."""
+        if self._closed:
+            raise Unreachable(_CLOSED)
+        opening = self._opening
+        if opening is not None and opening.done():
+            link = _link_of(opening)
+            if link is None or link.lost:
+                opening = None
+            if link is not None and link.lost:
+                self._leave(link.connection)
+        if opening is None:
+            opening = self._opening = asyncio.create_task(self._open())
+            opening.add_done_callback(_noted)
+        await asyncio.wait([opening])
+        if opening.cancelled():
+            raise Unreachable(_CLOSED)
+        return opening.result()
+
+    def _leave(self, connection: AbstractConnection) -> None:
+        """Close it as far as it still goes; no call waits for that, since the other end may be gone."""
+
+        async def close() -> None:
+            with contextlib.suppress(TimeoutError, *CONNECTION_EXCEPTIONS):
+                await asyncio.wait_for(connection.close(), _CLOSE_S)
+
+        task = asyncio.create_task(close())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     async def _open(self) -> _Link:
         try:
-            connection = await aio_pika.connect(self._url, heartbeat=_HEARTBEAT_S)
+            async with asyncio.timeout(_CONNECT_S):
+                connection = await aio_pika.connect(self._url, heartbeat=_HEARTBEAT_S)
         except (AuthenticationError, ProbableAuthenticationError):
             raise ModelManagerError("ERR_UNAUTHORIZED", "The broker refuses the login.") from None
         except ValueError:
             raise ModelManagerError("ERR_INVALID_REQUEST", "The broker's address is not an AMQP URL.") from None
-        except CONNECTION_EXCEPTIONS:
+        except (TimeoutError, *CONNECTION_EXCEPTIONS):
             raise Unreachable("The broker cannot be reached.", passing=self._reached) from None
         try:
-            return await self._prepare(connection)
+            async with asyncio.timeout(_CONNECT_S):
+                link = await self._prepare(connection)
+        except TimeoutError:
+            self._leave(connection)
+            raise Unreachable("The broker does not answer.", passing=self._reached) from None
         except BaseException:
-            await connection.close()
+            self._leave(connection)
             raise
+        link.watching = asyncio.create_task(link.watch())
+        self._reached = True
+        self.connections += 1
+        return link
 
     async def _prepare(self, connection: AbstractConnection) -> _Link:
         try:
@@ -192,13 +283,62 @@ class AmqpCaller:
                 channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
                 exchange = await channel.get_exchange(RPC_EXCHANGE, ensure=True)
                 replies = await channel.declare_queue(exclusive=True, auto_delete=True)
-                link = _Link(connection, channel, exchange, replies.name)
+                link = _Link(connection, channel, exchange, replies.name, self._late)
                 connection.close_callbacks.add(link.lose)
                 channel.close_callbacks.add(link.lose)
+                # The broker cancels the consumer when the reply queue goes, as with its node: no answer would come.
+                (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(link.lose)
                 await replies.consume(link.answer, no_ack=True)
         except ChannelNotFoundEntity:
-            raise Unreachable("No rack is set up on that broker: it has no exchange for requests.") from None
+            reason = "No rack is set up on that broker: it has no exchange for requests."
+            raise Unreachable(reason, passing=self._answered) from None
         return link
+
+    def _late(self) -> None:
+        self.late_replies += 1
+
+
+@dataclass(slots=True)
+class _Request:
+    """One attempt. `deadline` is in seconds of `time.monotonic`; `taken`: the broker has it, for all we know."""
+
+    method: str
+    body: bytes
+    key: str | None
+    deadline: float
+    taken: bool = False
+
+    def message(self, reply_to: str, correlation_id: str) -> aio_pika.Message:
+        left_s = min(max(self.deadline - time.monotonic(), 0.001), _LONGEST_S)
+        headers: dict[str, str | int] = {"x-deadline": int((time.time() + left_s) * 1000)}
+        if self.key is not None:
+            headers["x-idempotency-key"] = self.key
+        known = METHODS.get(self.method)
+        effect = known is not None and known.effect
+        return aio_pika.Message(
+            self.body,
+            content_type="application/json",
+            type=self.method,
+            reply_to=reply_to,
+            correlation_id=correlation_id,
+            message_id=new_ulid(),  # new for each publish: returns are matched by it
+            expiration=left_s,
+            headers=dict(headers),
+            delivery_mode=aio_pika.DeliveryMode.PERSISTENT if effect else aio_pika.DeliveryMode.NOT_PERSISTENT,
+        )
+
+
+def _link_of(opening: asyncio.Task[_Link] | None) -> _Link | None:
+    """The link that a task has opened; None if there is none, or not yet."""
+    if opening is None or not opening.done() or opening.cancelled() or opening.exception() is not None:
+        return None
+    return opening.result()
+
+
+def _noted(opening: asyncio.Task[_Link]) -> None:
+    """Look at the failure, for whoever waited for it may have given up."""
+    if not opening.cancelled():
+        opening.exception()
 
 
 @contextmanager

@@ -82,8 +82,10 @@ async def until_answered(
     return await retrying(timed)
 
 
-def no_answer(timeout_s: float) -> ModelManagerError:
-    return ModelManagerError("ERR_DEADLINE_EXCEEDED", f"No answer within {max(timeout_s, 0):.1f} seconds.")
+def no_answer(timeout_s: float, *, taken: bool = True) -> ModelManagerError:
+    """Nothing came in time. `taken`: the request was handed over, so the worker is slow, and not the way to it."""
+    what = "No answer" if taken else "The broker did not take the request"
+    return ModelManagerError("ERR_DEADLINE_EXCEEDED", f"{what} within {max(timeout_s, 0):.1f} seconds.")
 
 
 def _worth_another(error: BaseException) -> bool:

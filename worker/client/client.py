@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, cast
@@ -41,9 +41,18 @@ DEFAULT_TIMEOUT_S = 30.0
 
 
 class ModelManagerClient:
-    """The methods of one rack. `timeout_s` is for each answer; transfers of bytes and jobs take as long as they take.
+    """The methods of one rack, as coroutines; any number may be in flight at once, on one connection.
 
-    Every method raises ModelManagerError. The client owns `caller` and closes it.
+    `timeout_s` is for each answer, retries included; transfers of bytes and jobs take as long as they take. Every
+    method raises ModelManagerError, whose `code` is one of `schemas.errors.ERRORS`; ERR_DEADLINE_EXCEEDED if no answer
+    came in time. What is retryable has been retried by then, always with the same idempotency key, so that a change
+    happens once at most. Name a key yourself to repeat a call after your own restart: for 24 hours the answer is the
+    same.
+
+    The client owns `caller` and closes it; calls that are in flight then end with ERR_SHUTTING_DOWN.
+
+        async with ModelManagerClient(AmqpCaller("amqp://guest:guest@127.0.0.1/", "rack-1")) as rack:
+            print(await rack.ping())
     """
 
     def __init__(self, caller: Caller, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -59,10 +68,15 @@ class ModelManagerClient:
         await self.close()
 
     async def close(self) -> None:
+        """End the connection, and with an error every call in flight. Closing twice is harmless."""
         await self._caller.close()
 
+    def within(self, timeout_s: float) -> ModelManagerClient:
+        """The same rack over the same connection, with another time for each answer. Only one of them is closed."""
+        return ModelManagerClient(self._caller, timeout_s=timeout_s)
+
     async def call(self, method: str, /, *, idempotency_key: str | None = None, **params: Any) -> dict[str, Any]:
-        """Any method by its name; parameters that are None or ABSENT are left out."""
+        """Any method by its name and the parameters of the contract, in camelCase; None or ABSENT are left out."""
         given = {name: value for name, value in params.items() if value is not None and value is not ABSENT}
         return await self._caller.call(method, given, timeout_s=self._timeout_s, idempotency_key=idempotency_key)
 
@@ -80,6 +94,13 @@ class ModelManagerClient:
         upload_id: str | None = None,
         idempotency_key: str | None = None,
     ) -> StoreReply:
+        """Store a version, from exactly one of `model_data`, `files` and `upload_id`.
+
+        `metadata` needs `type`; `version` in it is 1.0.0 if it is left out. `model_data` and each file's `data` are
+        base64, for small models; `push` takes a path and any size. `checksum` is `sha256:` and 64 hex digits, and is
+        checked. A version that exists with the same files is a success with `created` false; with others it is
+        ERR_MODEL_ALREADY_EXISTS. ERR_MODEL_TOO_LARGE tells `maxInlineSize` in its details.
+        """
         reply = await self.call(
             "storeModel",
             modelId=model_id,
@@ -96,11 +117,17 @@ class ModelManagerClient:
     async def get_model(
         self, model_id: str, version: str | None = None, *, delivery: Literal["auto", "inline", "url"] | None = None
     ) -> GetModelReply:
+        """A version or alias with its bytes.
+
+        `delivery`: `inline` as base64, `url` to fetch them from, `auto` (the default) inline when they are small.
+        Addresses end at `expiresAt`. `pull` does it all, and verifies.
+        """
         return cast("GetModelReply", await self.call("getModel", modelId=model_id, version=version, delivery=delivery))
 
     async def list_models(
         self, *, model_type: str | None = None, limit: int | None = None, cursor: str | None = None
     ) -> ListReply:
+        """A page of the versions in the catalog, by id and version; `nextCursor` in it is the `cursor` of the next."""
         return cast("ListReply", await self.call("listModels", type=model_type, limit=limit, cursor=cursor))
 
     async def search_models(
@@ -111,11 +138,18 @@ class ModelManagerClient:
         limit: int | None = None,
         cursor: str | None = None,
     ) -> ListReply:
+        """A page of the versions that meet all `criteria`.
+
+        Any metadata member equals, `tags` has all, `size` is in `{min, max}`, `createdAt` in `{from, to}`, `text` has
+        all words. `sort`: `modelId`, `size`, `createdAt`, `-` for descending. A page may be short, or empty, and still
+        have a `nextCursor`.
+        """
         given = None if criteria is None else dict(criteria)
         reply = await self.call("searchModels", criteria=given, sort=sort, limit=limit, cursor=cursor)
         return cast("ListReply", reply)
 
     async def get_model_metadata(self, model_id: str, version: str | None = None) -> MetadataReply:
+        """What is known of a version or alias (absent: the latest): metadata, `revision`, files, aliases, state."""
         return cast("MetadataReply", await self.call("getModelMetadata", modelId=model_id, version=version))
 
     # --- changing ---
@@ -129,6 +163,10 @@ class ModelManagerClient:
         expected_revision: int | None = None,
         idempotency_key: str | None = None,
     ) -> MetadataReply:
+        """Change metadata by JSON merge patch: None removes a member; `type` and `version` cannot change.
+
+        With `expected_revision` it is ERR_CONFLICT if somebody else was first.
+        """
         reply = await self.call(
             "updateModelMetadata",
             modelId=model_id,
@@ -142,6 +180,10 @@ class ModelManagerClient:
     async def delete_model(
         self, model_id: str, version: str | None = None, *, purge: bool = False, idempotency_key: str | None = None
     ) -> DeleteReply:
+        """Delete a version, or all of them.
+
+        `restore_model` undoes it until `restorableUntil`; with `purge` nothing does, and the bytes are freed at once.
+        """
         reply = await self.call(
             "deleteModel", modelId=model_id, version=version, purge=purge or None, idempotency_key=idempotency_key
         )
@@ -150,6 +192,7 @@ class ModelManagerClient:
     async def restore_model(
         self, model_id: str, version: str | None = None, *, idempotency_key: str | None = None
     ) -> RestoreReply:
+        """Undo a delete within its window (7 days, unless the rack is set otherwise)."""
         reply = await self.call("restoreModel", modelId=model_id, version=version, idempotency_key=idempotency_key)
         return cast("RestoreReply", reply)
 
@@ -162,7 +205,10 @@ class ModelManagerClient:
         expected_version: str | _Absent | None = ABSENT,
         idempotency_key: str | None = None,
     ) -> AliasReply:
-        """`expected_version` makes it a compare-and-set; None means that the alias must not exist yet."""
+        """Point an alias at a version; `previous` tells where it pointed.
+
+        `expected_version` makes it a compare-and-set, ERR_CONFLICT if it points elsewhere; None: it must not exist yet.
+        """
         params: dict[str, Any] = {"modelId": model_id, "alias": alias, "version": version}
         if not isinstance(expected_version, _Absent):
             params["expectedVersion"] = expected_version
@@ -172,6 +218,7 @@ class ModelManagerClient:
     async def delete_alias(
         self, model_id: str, alias: str, *, expected_version: str | None = None, idempotency_key: str | None = None
     ) -> AliasReply:
+        """Remove an alias; with `expected_version` only if it still points there. An absent one is ERR_NOT_FOUND."""
         reply = await self.call(
             "deleteAlias",
             modelId=model_id,
@@ -192,6 +239,7 @@ class ModelManagerClient:
         wait_ms: int | None = None,
         idempotency_key: str | None = None,
     ) -> ReplicateReply | JobReply:
+        """Name the racks that should hold a version; without `peers` the rack's own placement. A job, see `outcome`."""
         reply = await self.call(
             "replicateModel",
             modelId=model_id,
@@ -210,15 +258,18 @@ class ModelManagerClient:
         wait_ms: int | None = None,
         idempotency_key: str | None = None,
     ) -> ValidateReply | JobReply:
+        """Read every byte back and compare; wrong bytes quarantine the version. A job, see `outcome`."""
         reply = await self.call(
             "validateModel", modelId=model_id, version=version, waitMs=wait_ms, idempotency_key=idempotency_key
         )
         return cast("ValidateReply | JobReply", reply)
 
     async def get_job(self, job_id: str, *, wait_ms: int | None = None) -> JobStatus:
+        """The state of a job, with its `result` or `error` once it has ended; waits for that up to `wait_ms`."""
         return cast("JobStatus", await self.call("getJob", jobId=job_id, waitMs=wait_ms))
 
     async def cancel_job(self, job_id: str) -> JobStatus:
+        """Ask a job to end; one that has ended already keeps its state."""
         return cast("JobStatus", await self.call("cancelJob", jobId=job_id))
 
     async def outcome(self, reply: Mapping[str, Any], report: Report = silent, *, step: str = "Working") -> Any:
@@ -229,7 +280,7 @@ class ModelManagerClient:
         if "jobId" not in reply:
             return reply
         while True:
-            status = await self.get_job(reply["jobId"], wait_ms=MAX_WAIT_MS)
+            status = await self.get_job(reply["jobId"], wait_ms=self._wait_ms)
             report(step, status["progress"].get("bytes", 0), status["progress"].get("totalBytes", 0))
             if status["state"] == "succeeded":
                 return status.get("result", {})
@@ -248,6 +299,11 @@ class ModelManagerClient:
         *,
         idempotency_key: str | None = None,
     ) -> UploadReply:
+        """Begin to bring the bytes of a version: `files` are `{path, size, sha256}`.
+
+        The reply tells which of them the rack has already, and for the others where to put them or how to cut them
+        into parts. `push` does it all.
+        """
         reply = await self.call(
             "createUpload",
             modelId=model_id,
@@ -260,30 +316,57 @@ class ModelManagerClient:
     async def get_upload(
         self, upload_id: str, *, path: str | None = None, parts: Sequence[Mapping[str, Any]] | None = None
     ) -> GetUploadReply:
+        """How far an upload is; with `path` and `parts` (`{number, sha256}`) the signed addresses of those parts."""
         given = None if parts is None else [dict(part) for part in parts]
         return cast("GetUploadReply", await self.call("getUpload", uploadId=upload_id, path=path, parts=given))
 
     async def complete_upload(
         self, upload_id: str, *, wait_ms: int | None = None, idempotency_key: str | None = None
     ) -> UploadReply | JobReply:
+        """Have what was uploaded verified; then `store_model` with the `upload_id` makes the version. A job."""
         reply = await self.call("completeUpload", uploadId=upload_id, waitMs=wait_ms, idempotency_key=idempotency_key)
         return cast("UploadReply | JobReply", reply)
 
-    async def abort_upload(self, upload_id: str) -> AbortReply:
-        return cast("AbortReply", await self.call("abortUpload", uploadId=upload_id))
+    async def abort_upload(self, upload_id: str, *, idempotency_key: str | None = None) -> AbortReply:
+        """Give an upload up, and free what has arrived."""
+        reply = await self.call("abortUpload", uploadId=upload_id, idempotency_key=idempotency_key)
+        return cast("AbortReply", reply)
 
     # --- the rack ---
 
     async def get_storage_stats(self) -> StatsReply:
+        """How much is stored, how far the registry is, what the cache holds."""
         return cast("StatsReply", await self.call("getStorageStats"))
 
     async def get_changes(
         self, epoch: int, after: int, *, limit: int | None = None, wait_ms: int | None = None
     ) -> ChangesReply:
+        """The changes beyond `after`, each the object that its hint was; waits for one up to `wait_ms`.
+
+        ERR_CHANGES_GONE: that epoch is over, or the feed no longer reaches back so far; list, and begin at the head
+        that `ping` told before. `follow` asks again and again.
+        """
         reply = await self.call("getChanges", epoch=epoch, after=after, limit=limit, waitMs=wait_ms)
         return cast("ChangesReply", reply)
 
+    async def follow(self, epoch: int, after: int) -> AsyncIterator[dict[str, Any]]:
+        """Every change beyond `after`, in order and without gaps, for ever; its `rackseq` is the next `after`.
+
+        Raises as `get_changes` does. A rack that is away for longer than `timeout_s` ends it: begin again where it was.
+        """
+        while True:
+            page = await self.get_changes(epoch, after, wait_ms=self._wait_ms)
+            for change in page["changes"]:
+                yield change
+            after = page["next"]
+
+    @property
+    def _wait_ms(self) -> int:
+        """How long an answer may be waited for at the worker, so that it still comes in time."""
+        return min(MAX_WAIT_MS, int(self._timeout_s * 500))
+
     async def ping(self) -> PingReply:
+        """Who answers: `rack`, `version`, `ready`, and the `epoch` and `head` of its journal."""
         return cast("PingReply", await self.call("ping"))
 
     # --- bytes ---

@@ -139,6 +139,14 @@ def sync_folder(files: Files, folder: Path) -> None:
         raise SyncFailed(os.strerror(error.errno or 0)) from error
 
 
+def sync_path(files: Files, folder: Path) -> None:
+    """Make the names of `folder` and of all folders above it durable: a process that died may have made them."""
+    for parent in reversed(folder.parents):
+        # One that may not be read is not one of ours.
+        with contextlib.suppress(PermissionError):
+            sync_folder(files, parent)
+
+
 def publish(files: Files, folder: Path, name: str, data: bytes) -> None:
     """Put a complete, durable file under `name`, in place of an older one; readers see the old or the new one.
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +18,13 @@ from worker.journal.failures import JournalFailed, disk_full
 from worker.journal.files import Files, SyncFailed
 from worker.journal.format import CONTROL_OPS, Entry, encode
 from worker.journal.lock import FolderLock
-from worker.journal.manifest import Manifest, SealedFile, is_base
+from worker.journal.lookups import Lookups
+from worker.journal.manifest import Manifest
 from worker.journal.observer import JournalObserver
 from worker.journal.replay import Recovered, Replay, recover
 from worker.journal.reserve import RESERVE_BYTES, Reserve
 from worker.journal.room import Room
-from worker.journal.segment import Segment
+from worker.journal.superseded import Superseded
 from worker.journal.writer import Outcome, Pending, Writer
 
 SEGMENT_BYTES = 64 * 1024 * 1024
@@ -82,6 +81,7 @@ class Journal:
         self._files = files
         self._lock = lock
         self._appender = appender
+        self._lookups = Lookups(files, folder, appender)
         self._frees = frees
         self._torn_bytes = recovered.torn_bytes
         self._observe = appender.observe
@@ -95,9 +95,7 @@ class Journal:
         self.registry_id = appender.manifest.registry_id
         self.changes_from = recovered.changes_from
         """Of the changes up to this sequence, compaction has dropped some that a reader behind it would need."""
-        self.holds_superseded = False
-        """Whether the segments that a base stands for stay until `let_go`, or until the next base."""
-        self.held: tuple[SealedFile, ...] = ()
+        self.superseded = Superseded(files, folder)
 
     @classmethod
     def open(
@@ -221,16 +219,7 @@ class Journal:
 
         Each line is checked again; raises JournalDamaged if one is not what it was.
         """
-        head = self._head
-        # After the head, so that the segment it is in is among them.
-        segments = self._appender.segments
-        entries: list[Entry] = []
-        for segment in segments[self._position(segments, after + 1) :]:
-            for entry in segment.entries(self._files, self._folder, after=after, until=head):
-                entries.append(entry)
-                if len(entries) == limit:
-                    return entries
-        return entries
+        return self._lookups.entries(after, limit, until=self._head)
 
     def entry(self, sequence: int) -> Entry:
         """That one business record. Blocks. Raises KeyError if there is none with this sequence up to `head`."""
@@ -245,14 +234,7 @@ class Journal:
         Raises KeyError if there is no such line, JournalDamaged if it is not what it was; without `wait`, RecordCold if
         it would have to be read from the disk.
         """
-        segments = self._appender.segments
-        segment = segments[self._position(segments, sequence)]
-        return segment.record(self._files, self._folder, sequence, wait=wait)
-
-    @staticmethod
-    def _position(segments: Sequence[Segment], sequence: int) -> int:
-        """Which file has the line `sequence`, if it is there."""
-        return max(0, bisect_right(segments, sequence, key=_first) - 1)
+        return self._lookups.record(sequence, wait=wait)
 
     # --- compaction: the files are rewritten by another process, between these two ---
 
@@ -273,22 +255,7 @@ class Journal:
         segment = await asyncio.to_thread(read_written, self._files, self._folder, base)
         left = await asyncio.wrap_future(self._accepting().run(lambda appender: appender.adopt(base, segment)))
         self.changes_from = base.changes_from
-        over = [*self.held, *left]
-        self.held = tuple(file for file in left if self.holds_superseded and not is_base(file.name))
-        await asyncio.to_thread(self._remove, [file.name for file in over if file not in self.held])
-
-    async def let_go(self, file: SealedFile) -> None:
-        """Remove a file that was held."""
-        if file in self.held:
-            self.held = tuple(each for each in self.held if each != file)
-            await asyncio.to_thread(self._remove, [file.name])
-
-    def _remove(self, names: list[str]) -> None:
-        for name in names:
-            for file in (name, index_name(name)) if is_base(name) else (name,):
-                # The next boot removes what is left.
-                with contextlib.suppress(OSError):
-                    self._files.unlink(self._folder / file)
+        await self.superseded.take(left)
 
     async def free_up(self, size: int) -> int:
         """Give up as much of the reserve as it takes for `size` bytes to be free, if it would do: how many are then.
@@ -300,7 +267,7 @@ class Journal:
     async def discard(self, name: str) -> None:
         """Remove what there is of a base that was to have this name; one that was adopted stays."""
         if name not in self._appender.manifest.names:
-            await asyncio.to_thread(self._remove, [name, f"{name}.tmp", f"{index_name(name)}.tmp"])
+            await self.superseded.remove(name, f"{name}.tmp", f"{index_name(name)}.tmp")
 
     @property
     def folder(self) -> Path:
@@ -437,10 +404,6 @@ class Journal:
             self._writer.join()
         self._appender.close()
         self._lock.release()
-
-
-def _first(segment: Segment) -> int:
-    return segment.first
 
 
 def _recover_without_collections(

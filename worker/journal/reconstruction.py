@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NoReturn
 import orjson
 
 from worker.journal.failures import JournalDamaged
-from worker.journal.files import Files, publish, sync, sync_folder, write_all
+from worker.journal.files import Files, publish, sync, write_all
 from worker.journal.format import CONTROL_OPS, SEAL, CheckedLines, Line, line_decoder, make_line
 from worker.journal.manifest import Manifest, SealedFile, is_base, segment_first, segment_name
 from worker.journal.replay import Place, open_fault, open_line, place_of_base
@@ -176,7 +176,6 @@ class Reconstruction:
             previous=self._place.name,
         )
         publish(self._files, self._folder, active, line)
-        sync_folder(self._files, self._folder)
         manifest.publish(self._files, self._folder)
         return Reconstructed(
             registry_id=self._registry_id,

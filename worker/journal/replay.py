@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from array import array
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import orjson
 
 from worker.journal.base_index import index_name, read_index
 from worker.journal.failures import JournalDamaged
-from worker.journal.files import Files, publish, sync, sync_folder, write_all
+from worker.journal.files import Files, publish, sync, sync_folder, sync_path, write_all
 from worker.journal.format import (
     CONTROL_OPS,
     FORMAT_VERSION,
@@ -175,19 +174,11 @@ def _create(files: Files, folder: Path, clock: Callable[[], float]) -> None:
         first = segment_first(name)
         if is_base(name) or (first is not None and not _is_lone_line(files, folder / name)):
             raise JournalDamaged(MANIFEST, offset=0, sequence=first or 0, reason="the file is missing")
-    _sync_path(files, folder)
+    sync_path(files, folder)
     manifest = Manifest(uuid4().hex, FIRST_EPOCH, 1, (), segment_name(1))
     line, _ = open_line(1, 0, time_ms=int(clock() * 1000), manifest=manifest, previous=None)
     publish(files, folder, manifest.active, line)
     manifest.publish(files, folder)
-
-
-def _sync_path(files: Files, folder: Path) -> None:
-    """Make the names of `folder` and of all folders above it durable: a process that died may have made them."""
-    for parent in reversed(folder.parents):
-        # One that may not be read is not one of ours.
-        with contextlib.suppress(PermissionError):
-            sync_folder(files, parent)
 
 
 def _is_lone_line(files: Files, path: Path) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from worker.journal.failures import JournalDamaged
-from worker.journal.files import Files, sync_folder
+from worker.journal.files import Files, sync_folder, sync_path
 from worker.journal.inspection import verify
 from worker.journal.manifest import MANIFEST, is_base, segment_first
 
@@ -19,8 +19,8 @@ class FolderTaken(Exception):
 
 
 class Staging:
-    """Put the files of the journal into `path`, MANIFEST among them, and `commit`. The folder is locked until `close`,
-    which leaves it as it was if nothing was committed.
+    """Put the files of the journal into `path`, durably and MANIFEST last, and `commit`. The folder is locked until
+    `close`, which leaves it as it was if nothing was committed.
     """
 
     def __init__(self, folder: Path, *, files: Files = _DISK) -> None:
@@ -32,6 +32,10 @@ class Staging:
         self._lock = files.lock(folder)
         try:
             self._check_free()
+            if self._is_half_committed():
+                self._remove_old()
+                # Only then may the MANIFEST go that tells of it.
+                sync_folder(files, folder)
             self._empty()
             _make(files, self.path)
         except BaseException:
@@ -41,7 +45,9 @@ class Staging:
     def commit(self) -> None:
         """Let the folder be the journal that was made. MANIFEST is the last to come, and the first to go."""
         names = self._files.list(self.path)
-        sync_folder(self._files, self.path)
+        sync_path(self._files, self._folder)
+        # With the name of `path`, where MANIFEST is found if this is cut short.
+        sync_folder(self._files, self._folder)
         self._remove_old()
         for name in (name for name in names if name != MANIFEST):
             self._files.rename(self.path / name, self._folder / name)

@@ -1,8 +1,8 @@
 """The RabbitMQ transport: requests in, replies and hints out, whatever happens to the broker.
 
-Two connections, each kept up on its own: one to consume and acknowledge, one to publish. A delivery is read in the
-consumer's callback and served in a task of ours, since aiormq cancels the callbacks of a channel that dies: work goes
-on, its reply goes out, and the redelivery is answered by the dispatcher from what it recorded.
+Two connections, each kept up on its own: one to consume and acknowledge, one to publish. A delivery is read as it
+comes out of the socket and served in a task that does not end with its channel: when that dies, work goes on, its reply
+goes out, and the redelivery is answered by the dispatcher from what it recorded.
 
 Each delivery ends in one of two ways: its reply was published or its dead letter confirmed, and it is acknowledged; or
 it goes back to the broker. The order is always effect, reply, acknowledgement.
@@ -16,17 +16,16 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from aiormq.abc import AbstractConnection, DeliveredMessage
-
 from schemas.errors import ModelManagerError
 from schemas.hints import Hint
 from worker.context import Context
 from worker.transport import topology
 from worker.transport.amqp_observer import AmqpObserver, SilentObserver
-from worker.transport.connections import Link, LinkLostError
+from worker.transport.connections import BrokerConnection, Link, LinkLostError
 from worker.transport.consuming import Consumer
 from worker.transport.deliveries import Delivery, Request, read_request
 from worker.transport.hint_outbox import HintOutbox
+from worker.transport.hot_channel import Message
 from worker.transport.replies import Publisher, encode_reply
 from worker.transport.reply_addresses import NodeTrials, is_direct
 
@@ -84,7 +83,11 @@ class AmqpTransport:
         )
         self._outbox = HintOutbox(self._publisher, self._observer)
         self._consumer = Consumer(
-            queue=topology.request_queue(rack), prefetch=prefetch, prepare=self._prepare, deliver=self._deliver
+            queue=topology.request_queue(rack),
+            prefetch=prefetch,
+            prepare=self._prepare,
+            deliver=self._deliver,
+            before_acks=self._publisher.flush,
         )
         self._links = {
             role: Link(url=url, name=f"model-manager/{rack}/{role}", session=session, changed=self._links_changed)
@@ -156,8 +159,8 @@ class AmqpTransport:
 
     # --- a delivery --------------------------------------------------------------------------------------------------
 
-    def _deliver(self, message: DeliveredMessage) -> None:
-        self._observer.delivered(bool(message.redelivered))
+    def _deliver(self, message: Message) -> None:
+        self._observer.delivered(message.redelivered)
         delivery = Delivery(message, self._observer)
         task = asyncio.create_task(self._serve(delivery, read_request(message)))
         self._tasks.add(task)
@@ -168,18 +171,18 @@ class AmqpTransport:
             if not self._publisher.usable and not self._draining:
                 await self._hold()
             if self._draining:
-                await delivery.requeue()
+                delivery.requeue()
             elif delivery.alive:  # else it was held so long that the broker delivers it again
                 await self._work(delivery, request)
         except asyncio.CancelledError:
-            await delivery.requeue()
+            delivery.requeue()
             raise
         except LinkLostError:
             # The effect is recorded and its reply did not go out: the redelivery is answered from the record.
-            await delivery.requeue()
+            delivery.requeue()
         except Exception:
             log.exception("A delivery could not be served")
-            await delivery.requeue()
+            delivery.requeue()
 
     async def _hold(self) -> None:
         """Wait, in a way that draining ends, until a reply could be published."""
@@ -208,11 +211,11 @@ class AmqpTransport:
         elif not reply["success"]:
             # Nobody is told, so the dead letter tells it.
             await self._dead_letter(delivery, reply["error"])
-        await delivery.ack()
+        delivery.ack()
 
     async def _dead_letter(self, delivery: Delivery, error: dict[str, Any]) -> None:
         if not await self._publisher.dead_letter(delivery.message, error["code"], error["message"]):
-            await delivery.reject()  # no queue took our copy; the broker's own way may be another one
+            delivery.reject()  # no queue took our copy; the broker's own way may be another one
 
     def _expired(self, request: Request) -> ModelManagerError | None:
         deadline = request.context.deadline
@@ -223,7 +226,7 @@ class AmqpTransport:
 
     # --- the connections ---------------------------------------------------------------------------------------------
 
-    async def _prepare(self, connection: AbstractConnection) -> None:
+    async def _prepare(self, connection: BrokerConnection) -> None:
         """Make or check the topology; what is different is served as it is. A missing queue shows on consuming."""
         problems = await (topology.provision if self._provision else topology.check)(connection, self._rack)
         # Without the right to provision, not being allowed to compare arguments is as intended.
@@ -231,7 +234,7 @@ class AmqpTransport:
         for problem in self._degraded:
             log.warning("The topology is not as intended: %s", problem)
 
-    async def _repair(self, connection: AbstractConnection) -> None:
+    async def _repair(self, connection: BrokerConnection) -> None:
         if self._provision:
             await topology.provision(connection, self._rack)
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from aiormq.abc import AbstractConnection, DeliveredMessage
-from aiormq.channel import Channel
+from pamqp.commands import Basic
 
-from worker.transport.connections import LinkLostError, link_failures, open_channel
+from worker.transport.connections import BrokerConnection, LinkLostError, link_failures, open_channel
+from worker.transport.hot_channel import HotChannel, Message
 
 CAUTIOUS_PREFETCH = 1
-WATCH_INTERVAL_S = 30.0
+WATCH_INTERVAL_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 
 
@@ -24,7 +24,8 @@ class Consumer:
     """Consumes while it is open and not paused.
 
     `prepare` makes or checks the queue, at the start of a session and after the broker has cancelled the consumer.
-    `deliver` gets each message, on the event loop, and must return at once.
+    `deliver` gets each message, on the event loop, and must return at once. `before_acks` is called before
+    acknowledgements are written.
     """
 
     def __init__(
@@ -32,13 +33,15 @@ class Consumer:
         *,
         queue: str,
         prefetch: int,
-        prepare: Callable[[AbstractConnection], Awaitable[None]],
-        deliver: Callable[[DeliveredMessage], None],
+        prepare: Callable[[BrokerConnection], Awaitable[None]],
+        deliver: Callable[[Message], None],
+        before_acks: Callable[[], None],
     ) -> None:
         self._queue = queue
         self._prefetch = prefetch
         self._prepare = prepare
         self._deliver = deliver
+        self._before_acks = before_acks
         self._open = True
         self._paused = True
         self._proven = False
@@ -65,12 +68,17 @@ class Consumer:
         self._wake.set()
         await self._unregistered.wait()
 
-    async def session(self, connection: AbstractConnection) -> None:
+    async def session(self, connection: BrokerConnection) -> None:
         """Consume on this connection until it or its channel is lost; then raise LinkLostError."""
         await self._prepare(connection)
-        channel = await open_channel(connection, confirms=False)
-        channel.closing.add_done_callback(lambda _: self._wake.set())
-        channel.on_consumer_cancel_callbacks.add(self._on_cancel)
+        channel = HotChannel(
+            connection,
+            delivered=self._on_message,
+            cancelled=self._on_cancel,
+            lost=self._wake.set,
+            before_acks=self._before_acks,
+        )
+        await channel.open()
         self._proven, self._cancelled = False, False
         try:
             while True:
@@ -84,7 +92,7 @@ class Consumer:
         finally:
             self._set_registered(None, 0)
 
-    async def _adjust(self, connection: AbstractConnection, channel: Channel) -> None:
+    async def _adjust(self, connection: BrokerConnection, channel: HotChannel) -> None:
         """Bring the consumer at the broker to what is wanted now."""
         if channel.is_closed:
             raise LinkLostError("the consuming channel was closed")
@@ -95,23 +103,22 @@ class Consumer:
         wanted = self._wanted_prefetch()
         if wanted == self._registered_prefetch:
             return
-        with link_failures():
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                if self._tag is not None:
-                    # A prefetch applies to the consumers registered after it.
-                    await channel.basic_cancel(self._tag)
-                    self._set_registered(None, 0)
-                if wanted:
-                    await channel.basic_qos(prefetch_count=wanted)
-                    registered = await channel.basic_consume(self._queue, self._on_message)
-                    self._set_registered(registered.consumer_tag, wanted)
+        if self._tag is not None:
+            # A prefetch applies to the consumers registered after it.
+            await channel.call(Basic.Cancel(self._tag))
+            self._set_registered(None, 0)
+        if wanted:
+            await channel.call(Basic.Qos(prefetch_count=wanted))
+            registered = await channel.call(Basic.Consume(queue=self._queue))
+            assert isinstance(registered, Basic.ConsumeOk)
+            self._set_registered(registered.consumer_tag, wanted)
 
     def _wanted_prefetch(self) -> int:
         if self._paused or not self._open:
             return 0
         return self._prefetch if self._proven else CAUTIOUS_PREFETCH
 
-    async def _watch(self, connection: AbstractConnection) -> None:
+    async def _watch(self, connection: BrokerConnection) -> None:
         """Ask the broker whether the queue still has a consumer; a broker that does not answer is lost too."""
         channel = await open_channel(connection, confirms=False)
         with link_failures():
@@ -121,13 +128,13 @@ class Consumer:
         if self._tag is not None and not declared.consumer_count:
             raise LinkLostError("the consumer has vanished from the queue")
 
-    async def _on_message(self, message: DeliveredMessage) -> None:
+    def _on_message(self, message: Message) -> None:
         if not (self._proven or message.redelivered):
             self._proven = True
             self._wake.set()
         self._deliver(message)
 
-    def _on_cancel(self, _frame: object) -> None:
+    def _on_cancel(self) -> None:
         self._cancelled = True
         self._wake.set()
 

@@ -5,17 +5,15 @@ Nothing here judges the body: its bytes go to the dispatcher as they are.
 
 from __future__ import annotations
 
-import asyncio
 import datetime
+import email.message
 import hashlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from email.message import Message
 from typing import Any
 
-from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
 from schemas.errors import ModelManagerError
@@ -24,10 +22,10 @@ from schemas.wire import MAX_BODY_BYTES
 from worker.context import Context
 from worker.transport.amqp_decoding import UnreadableTable, printable
 from worker.transport.amqp_observer import AmqpObserver
-from worker.transport.connections import LinkLostError, link_failures
+from worker.transport.connections import LinkLostError
+from worker.transport.hot_channel import Message
 from worker.transport.reply_addresses import is_direct, is_exclusive, is_permitted
 
-SETTLE_TIMEOUT_S = 5.0
 MAX_KEY_CHARACTERS = 128
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -50,9 +48,9 @@ class Request:
     queue_wait_s: float | None
 
 
-def read_request(message: DeliveredMessage) -> Request:
+def read_request(message: Message) -> Request:
     """Read a delivery by the contract, and never raise: what is wrong with it is its `refusal`."""
-    properties = message.header.properties
+    properties = message.properties
     headers: Mapping[str, Any] = {} if properties.headers is None else properties.headers
     reply_to = properties.reply_to or ""
     correlation_id = properties.correlation_id or ""
@@ -90,8 +88,8 @@ def _invalid(message: str, **details: Any) -> ModelManagerError:
     return ModelManagerError("ERR_INVALID_REQUEST", message, **details)
 
 
-def _check_envelope(message: DeliveredMessage, headers: Mapping[str, Any]) -> None:
-    properties = message.header.properties
+def _check_envelope(message: Message, headers: Mapping[str, Any]) -> None:
+    properties = message.properties
     if isinstance(headers, UnreadableTable):
         raise _invalid("The header table cannot be decoded.")
     if properties.content_type not in (None, "", "application/json"):
@@ -103,16 +101,16 @@ def _check_envelope(message: DeliveredMessage, headers: Mapping[str, Any]) -> No
 
 
 def _check_content_type(value: str) -> None:
-    parsed = Message()
+    parsed = email.message.Message()
     parsed["content-type"] = value.replace("\r", " ").replace("\n", " ")
     charset = str(parsed.get_param("charset", "utf-8")).lower()
     if parsed.get_content_type() != "application/json" or charset not in ("utf-8", "utf8"):
         raise _invalid("content_type must be application/json, in UTF-8.")
 
 
-def _method(message: DeliveredMessage) -> str:
+def _method(message: Message) -> str:
     """The last part of the routing key, or the `type` of what the default exchange brought."""
-    named = printable(message.header.properties.message_type or "")
+    named = printable(message.properties.message_type or "")
     routed = printable((message.routing_key or "").rpartition(".")[2]) if message.exchange else ""
     if routed and named and routed != named:
         raise _invalid("The routing key and type name different methods.")
@@ -171,7 +169,7 @@ class Delivery:
     When the channel is gone the broker delivers the message again, so a lost settlement is counted and nothing more.
     """
 
-    def __init__(self, message: DeliveredMessage, observer: AmqpObserver) -> None:
+    def __init__(self, message: Message, observer: AmqpObserver) -> None:
         self.message = message
         self._observer = observer
         self._settled = False
@@ -181,31 +179,24 @@ class Delivery:
         """Whether the message is still ours to settle."""
         return not (self._settled or self.message.channel.is_closed)
 
-    async def ack(self) -> None:
+    def ack(self) -> None:
         """Done with: the broker forgets it."""
-        await self._settle(acknowledge=True)
+        self._settle(lambda: self.message.channel.ack(self.message.delivery_tag))
 
-    async def requeue(self) -> None:
+    def requeue(self) -> None:
         """Not done here: the broker delivers it again, to whoever consumes."""
         self._observer.requeued()
-        await self._settle(requeue=True)
+        self._settle(lambda: self.message.channel.nack(self.message.delivery_tag, requeue=True))
 
-    async def reject(self) -> None:
+    def reject(self) -> None:
         """The broker dead-letters it, without a reason."""
-        await self._settle(requeue=False)
+        self._settle(lambda: self.message.channel.nack(self.message.delivery_tag, requeue=False))
 
-    async def _settle(self, *, acknowledge: bool = False, requeue: bool = False) -> None:
+    def _settle(self, settle: Callable[[], None]) -> None:
         if self._settled:
             return
         self._settled = True
-        channel, tag = self.message.channel, self.message.delivery_tag or 0
         try:
-            # The frame waits for room in a bounded queue that nobody empties once the connection is gone.
-            with link_failures():
-                async with asyncio.timeout(SETTLE_TIMEOUT_S):
-                    if acknowledge:
-                        await channel.basic_ack(tag, wait=False)
-                    else:
-                        await channel.basic_nack(tag, requeue=requeue, wait=False)
+            settle()
         except LinkLostError:
             self._observer.ack_lost()

@@ -2,7 +2,7 @@
 
 It is apart from the consuming one, because the broker stops reading from publishers when it is short of memory or disk,
 and acknowledgements must get through then. Whatever kills a channel kills all that is under way on it, so direct
-replies, confirmed publishes and hints have a channel each.
+replies, replies to queues, dead letters and hints have a channel each.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import asyncio
 import struct
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from contextlib import suppress
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
-from aiormq.abc import AbstractConnection, DeliveredMessage
 from aiormq.channel import Channel
 from aiormq.exceptions import ChannelNotFoundEntity, DeliveryError
 from pamqp import encode
@@ -24,14 +25,16 @@ from schemas.errors import ModelManagerError
 from schemas.wire import dump
 from worker.transport.amqp_decoding import UnreadableTable, printable
 from worker.transport.amqp_observer import AmqpObserver
-from worker.transport.connections import LinkLostError, is_blocked, link_failures, open_channel
+from worker.transport.connections import BrokerConnection, LinkLostError, is_blocked, link_failures, open_channel
 from worker.transport.deliveries import Request
+from worker.transport.hot_channel import HotChannel, Message
 from worker.transport.reply_addresses import is_direct
 from worker.transport.topology import DEAD_EXCHANGE
 
 PUBLISH_TIMEOUT_S = 10.0
 PATIENCE_S = 30.0
 BLOCK_POLL_S = 0.2
+WATCH_INTERVAL_S = 5.0
 MAX_REPLY_BYTES = 4_000_000
 # A larger one waits until the socket has taken it, which bounds what piles up for a slow broker.
 MAX_UNAWAITED_BYTES = 16_384
@@ -44,20 +47,30 @@ REASON_PREFIX = "x-error-"
 DEATH_HEADERS = ("x-death", "x-first-death-", "x-last-death-")
 
 
-class Outlet:
-    """A channel to publish on, opened when first needed and again whenever it was closed."""
+class Closable(Protocol):
+    """A channel, of either kind."""
 
-    def __init__(self, *, confirms: bool) -> None:
-        self._confirms = confirms
-        self._connection: AbstractConnection | None = None
-        self._channel: Channel | None = None
+    @property
+    def is_closed(self) -> bool: ...
+
+
+OneChannel = TypeVar("OneChannel", bound=Closable)
+
+
+class Outlet(Generic[OneChannel]):
+    """A channel to publish on, made by `opening` when first needed and again whenever it was closed."""
+
+    def __init__(self, opening: Callable[[BrokerConnection], Awaitable[OneChannel]]) -> None:
+        self._opening = opening
+        self._connection: BrokerConnection | None = None
+        self._channel: OneChannel | None = None
         self._lock = asyncio.Lock()
 
-    def attach(self, connection: AbstractConnection | None) -> None:
+    def attach(self, connection: BrokerConnection | None) -> None:
         """Publish on this connection from now on."""
         self._connection, self._channel = connection, None
 
-    async def channel(self) -> Channel:
+    async def channel(self) -> OneChannel:
         """The open channel; LinkLostError when there is no connection to open it on."""
         if self._channel is not None and not self._channel.is_closed:
             return self._channel
@@ -65,8 +78,14 @@ class Outlet:
             if self._channel is None or self._channel.is_closed:
                 if self._connection is None:
                     raise LinkLostError("the publishing connection is down")
-                self._channel = await open_channel(self._connection, confirms=self._confirms)
+                self._channel = await self._opening(self._connection)
             return self._channel
+
+
+async def _opened(connection: BrokerConnection, *, confirms: bool) -> HotChannel:
+    channel = HotChannel(connection)
+    await channel.open(confirms=confirms)
+    return channel
 
 
 class Publisher:
@@ -80,33 +99,56 @@ class Publisher:
         *,
         rack: str,
         observer: AmqpObserver,
-        repair: Callable[[AbstractConnection], Awaitable[None]],
+        repair: Callable[[BrokerConnection], Awaitable[None]],
         changed: Callable[[], None],
     ) -> None:
         self._rack = rack
         self._observer = observer
         self._repair = repair
         self._changed = changed
-        self._direct = Outlet(confirms=False)
-        self._confirmed = Outlet(confirms=True)
-        self.hints = Outlet(confirms=True)
-        self._connection: AbstractConnection | None = None
+        self._direct = Outlet(partial(_opened, confirms=False))
+        self._named = Outlet(partial(_opened, confirms=True))
+        self._dead = Outlet(partial(open_channel, confirms=True))
+        self.hints = Outlet(partial(open_channel, confirms=True))
+        self._connection: BrokerConnection | None = None
         self._usable = asyncio.Event()
         self._dead_letter_lock = asyncio.Lock()
         self.blocked = False
 
-    async def session(self, connection: AbstractConnection) -> None:
-        """Serve publishes on this connection until it closes, and watch whether the broker blocks it."""
+    async def session(self, connection: BrokerConnection) -> None:
+        """Serve publishes on this connection until it closes, and watch whether the broker blocks it.
+
+        LinkLostError: the broker answers no more, and has not said that it would not.
+        """
         closed = connection.closing
+        watching = asyncio.create_task(self._watch(connection))
         self._attach(connection)
         try:
-            while not closed.done():
+            while not (closed.done() or watching.done()):
                 self._set_blocked(is_blocked(connection))
-                await asyncio.wait([closed], timeout=BLOCK_POLL_S)
+                await asyncio.wait([closed, watching], timeout=BLOCK_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                await watching
         finally:
             self._attach(None)
             self._set_blocked(False)
+            watching.cancel()
             closed.cancel()
+
+    async def _watch(self, connection: BrokerConnection) -> None:
+        """Open a channel now and then: to a connection whose other end is gone, nothing tells it for a minute."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            if is_blocked(connection):
+                continue
+            try:
+                channel = await open_channel(connection, confirms=False)
+                with link_failures():
+                    async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                        await channel.close()
+            except LinkLostError:
+                if not is_blocked(connection):
+                    raise
 
     @property
     def usable(self) -> bool:
@@ -117,39 +159,43 @@ class Publisher:
         """Return as soon as publishing may succeed."""
         await self._usable.wait()
 
+    def flush(self) -> None:
+        """Write the replies that were sent so far."""
+        if self._connection is not None:
+            self._connection.tap.flush()
+
     async def reply(self, request: Request, body: bytes) -> None:
         """Answer `request`. A requester that has gone is counted, and no failure.
 
-        A direct reply has been handed to the socket, any other one is confirmed. LinkLostError: not sent within
-        `PATIENCE_S`, or nobody knows.
+        A direct reply is written with the next `flush`, any other one is confirmed. LinkLostError: not sent within
+        `PATIENCE_S` after it failed once, or nobody knows.
         """
-        properties = Basic.Properties(
-            content_type="application/json",
-            correlation_id=request.correlation_id or None,
-            delivery_mode=1,
-            headers={"traceparent": request.traceparent} if request.traceparent else None,
-        )
-        await self._patiently(lambda: self._reply_once(request.reply_to, body, properties))
+        publish = self._reply_directly if is_direct(request.reply_to) else self._reply_to_queue
+        if self.usable:  # as nearly always, and then there is no need of a timer
+            with suppress(LinkLostError):
+                await publish(request, body)
+                return
+        await self._patiently(lambda: publish(request, body))
 
-    async def _reply_once(self, reply_to: str, body: bytes, properties: Basic.Properties) -> None:
-        properties.message_id = None  # a fresh one for each publish: aiormq finds returned messages by it
-        if is_direct(reply_to):
-            channel = await self._direct.channel()
-            with link_failures():
-                await channel.basic_publish(
-                    body,
-                    routing_key=reply_to,
-                    properties=properties,
-                    timeout=PUBLISH_TIMEOUT_S,
-                    wait=len(body) > MAX_UNAWAITED_BYTES,
-                )
-            return
+    async def _reply_directly(self, request: Request, body: bytes) -> None:
+        channel = await self._direct.channel()
+        _send(channel, request, body, mandatory=False)
+        if len(body) > MAX_UNAWAITED_BYTES or channel.congested:
+            await channel.drained()
+
+    async def _reply_to_queue(self, request: Request, body: bytes) -> None:
+        started = time.monotonic()
+        channel = await self._named.channel()
         try:
-            await self.confirmed(self._confirmed, body, exchange="", key=reply_to, properties=properties)
-        except DeliveryError:
+            routed = await channel.confirmed(_send(channel, request, body, mandatory=True))
+        except LinkLostError:
+            self._observer.publish_failed()
+            raise
+        self._observer.publish_confirmed(time.monotonic() - started)
+        if not routed:
             self._observer.reply_unroutable()
 
-    async def dead_letter(self, message: DeliveredMessage, code: str, reason: str) -> bool:
+    async def dead_letter(self, message: Message, code: str, reason: str) -> bool:
         """Put a copy of the message, with the reason, among the rack's dead letters; False when no queue took it.
 
         LinkLostError: not confirmed within `PATIENCE_S`.
@@ -160,7 +206,7 @@ class Publisher:
             async with self._dead_letter_lock:
                 await self._patiently(
                     lambda: self.confirmed(
-                        self._confirmed, message.body, exchange=DEAD_EXCHANGE, key=self._rack, properties=properties
+                        self._dead, message.body, exchange=DEAD_EXCHANGE, key=self._rack, properties=properties
                     )
                 )
         except DeliveryError:
@@ -170,7 +216,7 @@ class Publisher:
 
     async def confirmed(
         self,
-        outlet: Outlet,
+        outlet: Outlet[Channel],
         body: bytes,
         *,
         exchange: str,
@@ -213,9 +259,9 @@ class Publisher:
         except TimeoutError:
             raise LinkLostError("the broker takes no replies") from None
 
-    def _attach(self, connection: AbstractConnection | None) -> None:
+    def _attach(self, connection: BrokerConnection | None) -> None:
         self._connection = connection
-        for outlet in (self._direct, self._confirmed, self.hints):
+        for outlet in (self._direct, self._named, self._dead, self.hints):
             outlet.attach(connection)
         self._update()
 
@@ -233,6 +279,16 @@ class Publisher:
         self._changed()
 
 
+def _send(channel: HotChannel, request: Request, body: bytes, *, mandatory: bool) -> int:
+    return channel.reply(
+        request.reply_to,
+        body,
+        correlation_id=request.correlation_id,
+        headers={"traceparent": request.traceparent} if request.traceparent else None,
+        mandatory=mandatory,
+    )
+
+
 def encode_reply(reply: dict[str, Any]) -> bytes:
     """The reply as JSON; one that is too large or is no JSON becomes an error reply."""
     try:
@@ -245,9 +301,9 @@ def encode_reply(reply: dict[str, Any]) -> bytes:
     return body
 
 
-def _dead_letter_properties(message: DeliveredMessage, code: str, reason: str) -> Basic.Properties:
+def _dead_letter_properties(message: Message, code: str, reason: str) -> Basic.Properties:
     """The message's own properties and the reason, without what would expire, divert or refuse the copy."""
-    original = message.header.properties
+    original = message.properties
     refused: FieldTable = {
         "x-error-code": code,
         "x-error-message": printable(reason),

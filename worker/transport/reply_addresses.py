@@ -14,6 +14,7 @@ import base64
 import binascii
 import re
 from collections import OrderedDict
+from functools import lru_cache
 
 from aiormq.exceptions import ChannelNotFoundEntity, ConnectionInternalError
 from pamqp.commands import Queue
@@ -25,6 +26,7 @@ EXCLUSIVE_PREFIX = "amq.gen-"
 NAMED_PREFIX = "model-manager.reply."
 TRIAL_TIMEOUT_S = 5.0
 MAX_NODES = 1024
+_ADDRESSES_REMEMBERED = 4096
 
 _NAMED = re.compile(r"(?:amq\.gen-|model-manager\.reply\.)[\x21-\x7e]+")
 _DIRECT = re.compile(r"amq\.rabbitmq\.reply-to\.([A-Za-z0-9+/]+={0,2})\.[A-Za-z0-9+/_-]+={0,2}")
@@ -43,6 +45,7 @@ def is_exclusive(reply_to: str) -> bool:
     return reply_to.startswith(EXCLUSIVE_PREFIX)
 
 
+@lru_cache(_ADDRESSES_REMEMBERED)
 def is_permitted(reply_to: str) -> bool:
     """Whether a reply may go there, as far as the form tells."""
     if is_direct(reply_to):
@@ -50,6 +53,7 @@ def is_permitted(reply_to: str) -> bool:
     return _NAMED.fullmatch(reply_to) is not None
 
 
+@lru_cache(_ADDRESSES_REMEMBERED)
 def node_of(reply_to: str) -> bytes | None:
     """The broker node inside a well-formed direct reply-to address."""
     match = _DIRECT.fullmatch(reply_to)

@@ -72,7 +72,7 @@ class Archive:
         observe: ArchiveObserver | None = None,
     ) -> None:
         """`keep_s`: how far back a point in time can be reached, in seconds."""
-        journal.holds_superseded = True
+        journal.superseded.holding = True
         self._journal = journal
         self._store = store
         self._info = BlobInfo(format="journal", model="journal", version=str(journal.epoch), rack=rack)
@@ -151,12 +151,12 @@ class Archive:
 
     async def _ship_new(self) -> Durable:
         """Ship the segments that are sealed by now, and the tail: what was durable when this began."""
-        began, durable, held = self._clock(), self._journal.durable, self._journal.held
+        began, durable, held = self._clock(), self._journal.durable, self._journal.superseded.held
         for file in (*held, *durable.manifest.sealed):
             if not is_base(file.name) and file.name not in self._manifest.names:
                 await self._ship_segment(file)
         for file in held:
-            await self._journal.let_go(file)
+            await self._journal.superseded.let_go(file)
         await self._ship_tail(durable)
         self._count(durable, began)
         return durable

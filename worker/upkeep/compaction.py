@@ -89,7 +89,7 @@ class Compaction:
     def _is_due(self) -> bool:
         journal = self._registry.journal
         base, behind = journal.sealed_bytes
-        if journal.held and shutil.disk_usage(journal.folder).free > 2 * (base + behind):
+        if journal.superseded.held and shutil.disk_usage(journal.folder).free > 2 * (base + behind):
             return False  # they wait for the archive, and there is room for that
         return journal.healthy and behind >= max(self._min_bytes, base)
 

@@ -1,0 +1,145 @@
+"""Any sequence of operations, cut anywhere, replays to exactly what it was: before and after compactions."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from schemas.errors import ModelManagerError
+from tests.rack import LocalRack
+from tests.registry_view import compact_here, view, view_after_boot
+from worker.storage.memory import MemoryStore
+
+
+@dataclass(frozen=True)
+class Operation:
+    kind: str
+    model: str
+    version: str
+    number: int
+
+
+OPERATIONS = st.lists(
+    st.builds(
+        Operation,
+        st.sampled_from(
+            ["store"] * 5
+            + ["update", "delete", "delete all", "purge", "restore", "alias", "no alias", "upload", "abort"]
+            + ["replicate", "validate", "rotate", "compact"]
+        ),
+        st.sampled_from(["a", "b", "org/c"]),
+        st.sampled_from(["1", "2", "3"]),
+        st.integers(0, 3),
+    ),
+    min_size=5,
+    max_size=40,
+)
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """The state when the file `segment` had this size."""
+
+    segment: str
+    size: int
+    state: dict[str, Any]
+
+
+class Life:
+    """Operations on a rack, with a milestone after each record; and a copy of its folder before each compaction."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.copies: list[Path] = []
+        self.milestones: list[Milestone] = []
+        self._uploads: list[str] = []
+
+    async def play(self, operations: list[Operation]) -> None:
+        rack = LocalRack(self.folder, store=MemoryStore()).open()
+        try:
+            self._note(rack)
+            rack.registry.listen(lambda entry: self._note(rack))
+            for operation in operations:
+                try:
+                    await self._do(rack, operation)
+                except ModelManagerError as error:
+                    assert error.code != "ERR_INTERNAL"
+        finally:
+            await rack.close()
+        self.copies.append(self.folder / "registry")
+
+    def _note(self, rack: LocalRack) -> None:
+        durable = rack.registry.journal.durable
+        self.milestones.append(Milestone(durable.manifest.active, durable.active_bytes, view(rack.registry)))
+
+    async def _do(self, rack: LocalRack, operation: Operation) -> None:
+        version = {"modelId": operation.model, "version": operation.version}
+        alias = {"modelId": operation.model, "alias": f"alias-{operation.number}"}
+        calls: dict[str, tuple[str, dict[str, Any]]] = {
+            "update": ("updateModelMetadata", {**version, "metadata": {"note": operation.number, "tags": ["x"]}}),
+            "delete": ("deleteModel", version),
+            "delete all": ("deleteModel", {"modelId": operation.model}),
+            "purge": ("deleteModel", {**version, "purge": True}),
+            "restore": ("restoreModel", version),
+            "alias": ("setAlias", {**alias, "version": operation.version}),
+            "no alias": ("deleteAlias", alias),
+            "replicate": ("replicateModel", {**version, "peers": ["rack-3"], "waitMs": 5000}),
+            "validate": ("validateModel", {**version, "waitMs": 5000}),
+        }
+        if operation.kind in calls:
+            # One in four is a request that repeats itself.
+            key = str(operation) if operation.number == 3 else None
+            await rack.call(*calls[operation.kind], key=key)
+        elif operation.kind == "store":
+            await rack.store_bytes(operation.model, operation.version, bytes([operation.number]), tags=["y"])
+        elif operation.kind == "upload":
+            files = [{"path": "f", "size": 1, "sha256": f"sha256:{operation.number:064x}"}]
+            begun = await rack.call("createUpload", {**version, "files": files})
+            self._uploads.append(begun["uploadId"])
+        elif operation.kind == "abort" and self._uploads:
+            await rack.call("abortUpload", {"uploadId": self._uploads.pop()})
+        elif operation.kind == "rotate":
+            await rack.registry.journal.rotate()
+        elif operation.kind == "compact":
+            copy = self.folder / f"copy-{len(self.copies)}"
+            shutil.copytree(self.folder / "registry", copy, ignore=shutil.ignore_patterns("RESERVE"))
+            self.copies.append(copy)
+            await compact_here(rack.registry)
+
+    def expected(self, segment: str, cut: int) -> dict[str, Any]:
+        """The last state that was reached before that byte of the segment was written."""
+        reached = [each for each in self.milestones if (each.segment, each.size) <= (segment, cut)]
+        return reached[-1].state
+
+
+def cut_at(folder: Path, fraction: float, target: Path) -> tuple[str, int]:
+    """A copy whose last segment ends somewhere behind its first line: where."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("RESERVE"))
+    segment = max(target.glob("seg-*.jsonl"))
+    data = segment.read_bytes()
+    first = data.index(b"\n") + 1
+    cut = first + round(fraction * (len(data) - first))
+    segment.write_bytes(data[:cut])
+    return segment.name, cut
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(OPERATIONS, st.lists(st.floats(0, 1), min_size=3, max_size=3))
+def test_what_a_cut_leaves_is_exactly_a_state_that_was(operations: list[Operation], cuts: list[float]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        life = Life(Path(name))
+        asyncio.run(life.play(operations))
+        for number, folder in enumerate(life.copies):
+            for fraction in (*cuts, 1.0):
+                target = Path(name) / f"cut-{number}-{fraction}"
+                if target.exists():
+                    continue
+                segment, cut = cut_at(folder, fraction, target)
+                assert asyncio.run(view_after_boot(target)) == life.expected(segment, cut)

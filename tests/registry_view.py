@@ -1,0 +1,50 @@
+"""A registry's state, to be compared with that of another one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from worker.journal import base_name
+from worker.registry import Registry
+from worker.upkeep.compaction_child import compact
+
+
+def view(registry: Registry) -> dict[str, Any]:
+    """All that the catalog says."""
+    catalog = registry.catalog
+    versions: dict[str, Any] = {}
+    for name in sorted({model for row, model in enumerate(catalog.table.model) if catalog.has_row(row)}):
+        model = catalog.model(name)
+        assert model is not None
+        entries = [catalog.entry(catalog.table.find(name, version), wait=True) for version in model.versions]
+        versions[name] = ([(entry, catalog.aliases_of(entry)) for entry in entries], dict(model.aliases))
+    blobs = {key: catalog.blobs.needs(key) for key in (f"blobs/{n:026d}" for n in range(50))}
+    return {
+        "versions": versions,
+        "totals": dataclasses.replace(catalog.totals),
+        "blobs": (len(catalog.blobs), catalog.blobs.bytes, blobs),
+        "keys": {n: catalog.blobs.key_of(f"{n:064x}") for n in range(50)},
+        "jobs": {job.id: job.state for job in catalog.jobs.values()},
+        "types": {name: count for name, count in catalog.table.type_counts().items() if count},
+        "requests": sorted(key for key, *_ in catalog.requests.dumped()),
+    }
+
+
+async def view_after_boot(folder: Path) -> dict[str, Any]:
+    """What a boot from the folder knows."""
+    registry = Registry(folder)
+    registry.open()
+    try:
+        return view(registry)
+    finally:
+        await registry.close()
+
+
+async def compact_here(registry: Registry) -> None:
+    """A compaction without its process."""
+    journal = registry.journal
+    manifest = await journal.rotate()
+    if manifest.sealed:
+        await journal.adopt(compact(journal.folder, base_name(manifest.generation + 1)))

@@ -1,0 +1,89 @@
+"""How a call is tried again: with the same key, after what is retryable, inside its time."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from typing import Any
+
+import pytest
+
+from schemas.errors import ModelManagerError
+from schemas.rpc import METHODS
+from worker.client.caller import Unreachable, until_answered
+from worker.client.client import ModelManagerClient
+
+RENAMED = {("listModels", "type"): "model_type"}
+
+
+class Attempts:
+    """Fails as often as there are errors, then succeeds."""
+
+    def __init__(self, *errors: ModelManagerError) -> None:
+        self._errors = list(errors)
+        self.keys: list[str | None] = []
+        self.left_s: list[float] = []
+
+    async def __call__(self, left_s: float, key: str | None) -> dict[str, Any]:
+        self.keys.append(key)
+        self.left_s.append(left_s)
+        if self._errors:
+            raise self._errors.pop(0)
+        return {"success": True}
+
+
+async def test_a_change_is_tried_again_with_the_same_key_and_less_time() -> None:
+    attempts = Attempts(ModelManagerError("ERR_STORAGE_UNAVAILABLE"), Unreachable("lost", passing=True))
+    await until_answered("storeModel", attempts, timeout_s=10, key=None)
+    assert attempts.keys[0] is not None
+    assert attempts.keys == [attempts.keys[0]] * 3
+    assert 10 >= attempts.left_s[0] > attempts.left_s[1] > attempts.left_s[2]
+
+
+async def test_two_changes_have_two_keys_and_a_lookup_has_none() -> None:
+    attempts = Attempts()
+    for method in ("storeModel", "storeModel", "getModel"):
+        await until_answered(method, attempts, timeout_s=10, key=None)
+    first, second, lookup = attempts.keys
+    assert first and second and first != second
+    assert lookup is None
+
+
+@pytest.mark.parametrize(
+    "error", [ModelManagerError("ERR_CONFLICT"), ModelManagerError("ERR_INTERNAL"), Unreachable("never reached")]
+)
+async def test_what_another_attempt_cannot_mend_is_told_at_once(error: ModelManagerError) -> None:
+    attempts = Attempts(error)
+    with pytest.raises(ModelManagerError) as caught:
+        await until_answered("storeModel", attempts, timeout_s=10, key="K")
+    assert caught.value is error
+    assert attempts.keys == ["K"]
+
+
+async def test_the_worker_says_when_to_come_back() -> None:
+    attempts = Attempts(ModelManagerError("ERR_OVERLOADED", retryAfterMs=300))
+    started = time.monotonic()
+    await until_answered("ping", attempts, timeout_s=10, key=None)
+    assert time.monotonic() - started >= 0.3
+
+
+async def test_a_pause_that_would_pass_the_deadline_is_not_taken() -> None:
+    attempts = Attempts(ModelManagerError("ERR_OVERLOADED", retryAfterMs=5000))
+    started = time.monotonic()
+    with pytest.raises(ModelManagerError, match="ERR_OVERLOADED"):
+        await until_answered("ping", attempts, timeout_s=1, key=None)
+    assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_every_method_is_there_with_all_its_parameters_and_says_what_it_does(method: Any) -> None:
+    function = getattr(ModelManagerClient, snake(method.name))
+    assert inspect.getdoc(function)
+    wanted = {RENAMED.get((method.name, name), name) for name in method.params.model_fields}
+    if method.effect:
+        wanted.add("idempotency_key")
+    assert set(inspect.signature(function).parameters) - {"self"} == wanted
+
+
+def snake(name: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)

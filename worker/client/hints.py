@@ -1,0 +1,87 @@
+"""What the racks announce, as it happens. A hint may be lost: `ModelManagerClient.follow` has every change."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, cast
+
+import aio_pika
+from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AuthenticationError, ProbableAuthenticationError
+from aiormq.exceptions import ChannelAccessRefused
+
+from schemas.errors import ModelManagerError
+from schemas.hints import Hint
+from schemas.ids import new_ulid
+from schemas.wire import parse_object
+from worker.client.caller import Unreachable
+
+HINTS_EXCHANGE = "model-manager.hints"
+_HEARTBEAT_S = 10
+_CONNECT_S = 10.0
+_MAX_WAITING = 10_000
+
+
+@asynccontextmanager
+async def hints(url: str, listener: str) -> AsyncIterator[AsyncIterator[Hint]]:
+    """The hints of all racks, from entering the block on; `listener` is the rack this is for, in the queue's name.
+
+    The iterator ends with `Unreachable` when the connection is lost: enter again, and ask `getChanges` for what was
+    announced meanwhile. The oldest of more than 10,000 hints that nobody has taken are dropped. Raises
+    ERR_UNAUTHORIZED or ERR_FORBIDDEN when the broker refuses.
+
+        async with hints("amqp://guest:guest@127.0.0.1/", "rack-2") as heard:
+            async for hint in heard:
+                print(hint["type"], hint["subject"], hint["rackseq"])
+    """
+    waiting: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+    async def take(message: AbstractIncomingMessage) -> None:
+        if waiting.qsize() >= _MAX_WAITING:
+            waiting.get_nowait()
+        with contextlib.suppress(ModelManagerError):  # no JSON, so from nobody we know
+            waiting.put_nowait(parse_object(message.body))
+
+    def lost(*_: object) -> None:
+        waiting.put_nowait(None)
+
+    connection = await _connected(url)
+    try:
+        with _refusals():
+            channel = await connection.channel()
+            connection.close_callbacks.add(lost)
+            channel.close_callbacks.add(lost)
+            # Not named by the broker, since callers may have replies sent to `amq.gen-*`.
+            queue = await channel.declare_queue(f"model-manager-{listener}.hints.{new_ulid()}", exclusive=True)
+            await queue.bind(HINTS_EXCHANGE)
+            await queue.consume(take, no_ack=True)
+        yield _until_lost(waiting)
+    finally:
+        await connection.close()
+
+
+async def _connected(url: str) -> AbstractConnection:
+    with _refusals():
+        async with asyncio.timeout(_CONNECT_S):
+            return await aio_pika.connect(url, heartbeat=_HEARTBEAT_S)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except (AuthenticationError, ProbableAuthenticationError):
+        raise ModelManagerError("ERR_UNAUTHORIZED", "The broker refuses the login.") from None
+    except ChannelAccessRefused:
+        raise ModelManagerError("ERR_FORBIDDEN", "The broker does not allow this login to do that.") from None
+    except (TimeoutError, *CONNECTION_EXCEPTIONS):
+        raise Unreachable("The broker cannot be reached.") from None
+
+
+async def _until_lost(waiting: asyncio.Queue[dict[str, Any] | None]) -> AsyncIterator[Hint]:
+    while (hint := await waiting.get()) is not None:
+        yield cast("Hint", hint)
+    raise Unreachable("The connection to the broker was lost.", passing=True)
