@@ -84,8 +84,8 @@ async def bury(connection: AbstractConnection, rack: str, count: int, **properti
     await channel.close()
 
 
-async def bodies(connection: AbstractConnection, rack: str) -> list[int]:
-    async with dead_letters(connection, rack) as letters:
+async def bodies(amqp_url: str, rack: str) -> list[int]:
+    async with dead_letters(amqp_url, rack) as letters:
         return [json.loads(letter.body)["number"] async for letter in letters.read()]
 
 
@@ -164,7 +164,7 @@ async def test_a_letter_without_a_key_gets_one_so_that_a_second_replay_has_no_se
     )
     await settled(connection, rack, dead_letter_queue(rack), 1)
     async with serving(amqp_url, rack, delete=False) as served:
-        async with dead_letters(connection, rack) as letters:
+        async with dead_letters(amqp_url, rack) as letters:
             async for letter in letters.read():
                 drop, letters.drop = letters.drop, _nothing  # type: ignore[method-assign]
                 await letters.replay(letter)
@@ -185,18 +185,18 @@ async def test_reading_keeps_the_order_however_often_and_whatever_is_taken_out(
 ) -> None:
     await bury(connection, rack, 60)
     for limit in (1, 7, 60):
-        async with dead_letters(connection, rack) as letters:
+        async with dead_letters(amqp_url, rack) as letters:
             assert len([letter async for letter in letters.read(limit)]) == limit
-    assert await bodies(connection, rack) == list(range(60))
+    assert await bodies(amqp_url, rack) == list(range(60))
     found = await operator.letters("--limit", "30")
     assert len(found) == 30
     await operator.run("drop", found[3]["id"], found[20]["id"], "--yes")
     left = [number for number in range(60) if number not in (3, 20)]
-    assert await bodies(connection, rack) == left
+    assert await bodies(amqp_url, rack) == left
     for _ in range(topology.DELIVERY_LIMIT + 5):
-        async with dead_letters(connection, rack) as letters:
+        async with dead_letters(amqp_url, rack) as letters:
             assert len([letter async for letter in letters.read(3)]) == 3
-    assert await bodies(connection, rack) == left
+    assert await bodies(amqp_url, rack) == left
 
 
 @pytest.mark.parametrize("words", [("list", "--limit", "100000"), ("replay", "--all"), ("drop", "--all", "--yes")])
@@ -216,7 +216,7 @@ async def test_a_command_that_is_killed_in_the_middle_loses_nothing(
         replayed = [json.loads(each.body)["number"] for each in await taken(fresh, rack, depth)]
         deadline = asyncio.get_running_loop().time() + 20
         while True:
-            left = await bodies(fresh, rack)
+            left = await bodies(amqp_url, rack)
             lost = set(range(count)) - set(left) - set(replayed)
             if not lost or (words[0] == "drop" and left == list(range(count - len(left), count))):
                 break
@@ -234,13 +234,13 @@ async def test_a_letter_that_the_queue_does_not_take_stays_dead(
     channel = await connection.channel()
     await channel.queue_delete(request_queue(rack))
     assert "no request queue" in await operator.run("replay", "--all", status=4)
-    assert await bodies(connection, rack) == [0, 1]
+    assert await bodies(amqp_url, rack) == [0, 1]
     await channel.queue_declare(
         request_queue(rack), durable=True, arguments={"x-max-length": 0, "x-overflow": "reject-publish"}
     )
     await channel.queue_bind(request_queue(rack), topology.RPC_EXCHANGE, f"{rack}.*")
     assert "is full" in await operator.run("replay", "--all", status=4)
-    assert await bodies(connection, rack) == [0, 1]
+    assert await bodies(amqp_url, rack) == [0, 1]
 
 
 async def test_what_is_not_named_or_not_there_is_refused(
@@ -251,7 +251,7 @@ async def test_what_is_not_named_or_not_there_is_refused(
     assert "--yes" in await operator.run("drop", "--all", status=2)
     assert "0123456789abcdef" in await operator.run("drop", "0123456789abcdef", "--yes", status=3)
     assert "0123456789abcdef" in await operator.run("show", "0123456789abcdef", status=3)
-    assert await bodies(connection, rack) == [0]
+    assert await bodies(amqp_url, rack) == [0]
     await (await connection.channel()).queue_delete(dead_letter_queue(rack))
     assert rack in await operator.run("list", status=3)
 
@@ -263,7 +263,7 @@ async def test_another_users_id_is_left_behind_and_the_letter_replayed(
     async with calling(amqp_url, rack) as caller:
         await caller.publish("count", expiration="1", user_id="guest", message_id="m")
         await caller.until_depth(dead_letter_queue(rack), 1)
-    async with dead_letters(connection, rack) as letters:
+    async with dead_letters(amqp_url, rack) as letters:
         async for letter in letters.read():
             letter.properties.user_id = "somebody"
             await letters.replay(letter)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,8 @@ from worker.cli.models import Yes
 from worker.cli.output import Format, Output, pairs, plain, size_text, table
 
 if TYPE_CHECKING:
-    from worker.transport.dead_letters import DeadLetter, DeadLetters
+    from worker.transport.dead_letter import DeadLetter
+    from worker.transport.dead_letters import DeadLetters
 
 _SHOWN_BODY = 4096
 
@@ -26,6 +28,34 @@ dead = typer.Typer(help="Requests that nobody could serve, or be told about.", n
 
 Ids = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="As `dead list` shows them.")]
 All = Annotated[bool, typer.Option("--all", help="All that are there now.")]
+Code = Annotated[str | None, typer.Option("--code", help="Those with this code, as `dead list` shows it.")]
+Method = Annotated[str | None, typer.Option("--method", help="Those that asked for this.")]
+Caller = Annotated[str | None, typer.Option("--caller", help="Those of this user.")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """Which letters: those with the ids, if there are any, else all; of them those that the filters let pass."""
+
+    ids: tuple[str, ...] = ()
+    code: str | None = None
+    method: str | None = None
+    caller: str | None = None
+
+    @property
+    def filters(self) -> dict[str, str]:
+        """What a letter must be, by the name of its attribute."""
+        wanted = {"code": self.code, "method": self.method, "caller": self.caller}
+        return {name: value for name, value in wanted.items() if value is not None}
+
+    def __contains__(self, letter: DeadLetter) -> bool:
+        return (not self.ids or letter.id in self.ids) and all(
+            value == _printable(getattr(letter, name)) for name, value in self.filters.items()
+        )
+
+    def __str__(self) -> str:
+        filters = ", ".join(f"{name} {value}" for name, value in self.filters.items())
+        return f"{len(self.ids) or 'all'} dead letters" + (f" of {filters}" if filters else "")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -38,15 +68,28 @@ def list_letters(
     rack: Rack = None,
     amqp_url: AmqpUrl = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="The oldest so many.")] = 100,
+    code: Code = None,
+    method: Method = None,
+    caller: Caller = None,
     output: Form = Format.TABLE,
 ) -> None:
     """List a rack's dead letters, oldest first, and leave them as they are."""
     out = started(ctx, output)
 
-    async def work(letters: DeadLetters) -> tuple[int, list[dict[str, Any]]]:
-        return letters.total, [_summary(letter) async for letter in letters.read(limit)]
+    selection = _Selection(code=code, method=method, caller=caller)
+    found: list[dict[str, Any]] = []
 
-    total, found = _on_letters(out, rack, amqp_url, work)
+    async def work(letters: DeadLetters) -> tuple[int, int]:
+        looked_at = 0
+        async for letter in letters.read():
+            looked_at += 1
+            if letter in selection:
+                found.append(_summary(letter))
+                if len(found) == limit:
+                    break
+        return letters.total, looked_at
+
+    total, looked_at = _on_letters(out, rack, amqp_url, work)
     columns = ("ID", "DIED AT", "METHOD", "CALLER", "MESSAGE ID", "SIZE", "REASON")
     rows = (
         (
@@ -57,8 +100,8 @@ def list_letters(
         for each in found
     )
     out.result({"success": True, "total": total, "deadLetters": found}, lambda: table(columns, rows))
-    if total > len(found):
-        out.remark(f"{total - len(found)} more; --limit shows more of them")
+    if len(found) == limit and total > looked_at:
+        out.remark(f"{total - looked_at} more were not looked at; --limit shows more of them")
 
 
 @dead.command("show")
@@ -96,6 +139,9 @@ def replay_letters(
     ctx: typer.Context,
     ids: Ids = None,
     every: All = False,
+    code: Code = None,
+    method: Method = None,
+    caller: Caller = None,
     rack: Rack = None,
     amqp_url: AmqpUrl = None,
     output: Form = Format.TABLE,
@@ -105,7 +151,8 @@ def replay_letters(
     What was served already is answered from its record, and not done twice.
     """
     out = started(ctx, output)
-    _settle(out, ids or [], every, rack, amqp_url, "replayed", lambda letters: letters.replay)
+    selection = _selected(_Selection(tuple(ids or ()), code, method, caller), every)
+    _settle(out, selection, rack, amqp_url, "replayed", lambda letters: letters.replay)
 
 
 @dead.command("drop")
@@ -113,6 +160,9 @@ def drop_letters(
     ctx: typer.Context,
     ids: Ids = None,
     every: All = False,
+    code: Code = None,
+    method: Method = None,
+    caller: Caller = None,
     rack: Rack = None,
     amqp_url: AmqpUrl = None,
     yes: Yes = False,
@@ -120,32 +170,39 @@ def drop_letters(
 ) -> None:
     """Remove dead letters for good."""
     out = started(ctx, output)
-    confirm(f"drop {'all dead letters' if every else f'{len(ids or [])} dead letters'} for good", yes)
-    _settle(out, ids or [], every, rack, amqp_url, "dropped", lambda letters: letters.drop)
+    selection = _selected(_Selection(tuple(ids or ()), code, method, caller), every)
+    confirm(f"drop {selection} for good", yes)
+    _settle(out, selection, rack, amqp_url, "dropped", lambda letters: letters.drop)
+
+
+def _selected(selection: _Selection, every: bool) -> _Selection:
+    """The selection, if it was made on purpose."""
+    if bool(selection.ids) == (every or bool(selection.filters)):
+        raise ModelManagerError(
+            "ERR_INVALID_REQUEST", "Name the dead letters by their ids, or by a filter, or say --all."
+        )
+    return selection
 
 
 def _settle(
     out: Output,
-    ids: Sequence[str],
-    every: bool,
+    selection: _Selection,
     rack: str | None,
     amqp_url: str | None,
     done: str,
     settling: Callable[[DeadLetters], Callable[[DeadLetter], Awaitable[None]]],
 ) -> None:
-    """Do it to each letter that is named; what cannot be done is told, and the others are done all the same."""
+    """Do it to each letter that is selected; what cannot be done is told, and the others are done all the same."""
     from worker.transport.dead_letters import NotReplayedError
 
-    if bool(ids) == every:
-        raise ModelManagerError("ERR_INVALID_REQUEST", "Name the dead letters by their ids, or say --all.")
     settled: list[str] = []
     kept: list[dict[str, str]] = []
-    missing = set(ids)
+    missing = set(selection.ids)
 
     async def work(letters: DeadLetters) -> None:
         settle = settling(letters)
         async for letter in letters.read():
-            if not every and letter.id not in ids:
+            if letter not in selection:
                 continue
             missing.discard(letter.id)
             try:
@@ -172,22 +229,20 @@ def _on_letters(
     out: Output, rack: str | None, amqp_url: str | None, work: Callable[[DeadLetters], Awaitable[Any]]
 ) -> Any:
     loaded = loaded_settings(out, rack=rack, amqp_url=amqp_url)
-    return asyncio.run(_held(loaded.amqp_url, loaded.settings.rack, work))
 
+    async def held() -> Any:
+        from worker.transport.connections import LinkLostError
+        from worker.transport.dead_letters import dead_letters
 
-async def _held(url: str, rack: str, work: Callable[[DeadLetters], Awaitable[Any]]) -> Any:
-    from worker.transport.connections import LinkLostError, close_connection, open_connection
-    from worker.transport.dead_letters import dead_letters
-
-    try:
-        connection = await open_connection(url, "model-manager-cli")
         try:
-            async with dead_letters(connection, rack) as letters:
+            async with dead_letters(loaded.amqp_url, loaded.settings.rack) as letters:
+                if letters.remark:
+                    out.remark(f"warning: {letters.remark}")
                 return await work(letters)
-        finally:
-            await close_connection(connection)
-    except LinkLostError as error:
-        raise ModelManagerError("ERR_SHUTTING_DOWN", f"The broker: {error}.") from None
+        except LinkLostError as error:
+            raise ModelManagerError("ERR_SHUTTING_DOWN", f"The broker: {error}.") from None
+
+    return asyncio.run(held())
 
 
 def _summary(letter: DeadLetter) -> dict[str, Any]:

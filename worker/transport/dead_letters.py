@@ -1,24 +1,22 @@
-"""Dead letters, for people: read in place, sent back to where they came from, or dropped.
+"""The dead letters of a rack, for people: held for a while, sent back to where they came from, or dropped.
 
-They are read without being acknowledged, on a channel of their own. Whatever is not settled when that channel closes,
-or its connection dies, goes back to its place in the queue: the broker keeps the order. RabbitMQ counts each reading
-as a delivery, which is why the queue has no delivery limit. While a command holds letters nobody else sees them.
+All of them are held at once, by one consumer without a prefetch that matters, however few are looked at. For what is
+not settled goes back to a quorum queue in the order in which one consumer got it, and before all that it did not get:
+after a look at the oldest few alone these would stand in any order (seen on 3.10). The same happens when the process
+or its connection dies. The client reads from its socket only what it has room for.
 
-Of why a letter is here there are two witnesses. The broker (`x-death`): expired, delivered too often, rejected. The
-worker (`x-error-*` on the copy it made): it refused the request, and there was nobody to tell.
+RabbitMQ counts each look as a delivery, which is why the queue has no delivery limit that matters.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
+from functools import partial
 
-from aiormq.abc import AbstractConnection, DeliveredMessage
-from aiormq.channel import Channel
 from aiormq.exceptions import (
     ChannelAccessRefused,
     ChannelNotFoundEntity,
@@ -26,55 +24,32 @@ from aiormq.exceptions import (
     DeliveryError,
     PublishError,
 )
-from pamqp.commands import Basic
+from pamqp.commands import Basic, Queue
 
 from schemas.errors import ModelManagerError
 from worker.transport.amqp_decoding import UnreadableTable
-from worker.transport.connections import LinkLostError, link_failures, open_channel
-from worker.transport.deliveries import read_request
-from worker.transport.replies import DEATH_HEADERS, REASON_PREFIX, ROUTING_HEADERS, encodable
-from worker.transport.topology import RPC_EXCHANGE, dead_letter_queue
+from worker.transport.connections import (
+    BrokerConnection,
+    LinkLostError,
+    close_connection,
+    link_failures,
+    open_channel,
+    open_connection,
+)
+from worker.transport.dead_letter import DeadLetter, read_letter, request_properties
+from worker.transport.hot_channel import HotChannel, Message
+from worker.transport.replies import Outlet
+from worker.transport.topology import RPC_EXCHANGE, dead_letter_queue, examine, topology
 
+CONNECTION_NAME = "model-manager-cli"
 ANSWER_TIMEOUT_S = 30.0
-ID_CHARACTERS = 16
-KEY_HEADER = "x-idempotency-key"
-# The broker's count of deliveries; it changes with each reading.
-_COUNTERS = ("x-delivery-count", "x-acquired-count")
-# What must not go back with a letter. A deadline that has passed would make it a dead letter again.
-_LEFT_BEHIND = (REASON_PREFIX, *DEATH_HEADERS, *_COUNTERS, "x-deadline")
-_DEATHS = {
-    "expired": "It expired: no worker took it within its time.",
-    "delivery_limit": "It was delivered too often without an end; it may be what ends the worker.",
-    "rejected": "The worker rejected it, and could not say why.",
-    "maxlen": "The queue was full.",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """One dead letter, and why it is one.
-
-    `id` is a digest of the message: the same at each reading, and for letters that are the same in everything.
-    `method` is empty if nothing names one; `caller` is the broker's user, empty if unknown. `code` is one of ours, or
-    the broker's word for its reason. The texts may hold surrogates, for bytes that are not UTF-8.
-    """
-
-    id: str
-    died_at: datetime | None
-    method: str
-    caller: str
-    message_id: str
-    code: str
-    reason: str
-    message: DeliveredMessage
-
-    @property
-    def body(self) -> bytes:
-        return self.message.body
-
-    @property
-    def properties(self) -> Basic.Properties:
-        return self.message.header.properties
+# More than the queue holds: what is beyond it would stay, and the order would be lost.
+PREFETCH = 65_535
+MAX_WAITING = 256
+MAX_WAITING_BYTES = 4_000_000
+# The broker gives back what a dead command held as soon as it sees that its connection is gone.
+PATIENCE_S = 5.0
+_POLL_S = 0.02
 
 
 class NotReplayedError(Exception):
@@ -82,28 +57,83 @@ class NotReplayedError(Exception):
 
 
 class DeadLetters:
-    """The dead letters of a rack, oldest first, while they are held. LinkLostError: the connection is lost."""
+    """The dead letters of a rack while they are held; `total` were there at the beginning.
 
-    def __init__(self, rack: str, connection: AbstractConnection, channel: Channel, total: int) -> None:
-        self.total = total
+    `remark` tells what is not as it should be with their queue, or is empty. LinkLostError: a connection is lost.
+    """
+
+    def __init__(self, url: str, rack: str, connection: BrokerConnection) -> None:
+        self.total = 0
+        self.remark = ""
+        self._url = url
         self._rack = rack
+        self._queue = dead_letter_queue(rack)
         self._connection = connection
-        self._channel = channel
-        self._outlet: Channel | None = None
+        self._channel = HotChannel(connection, delivered=self._on_message, lost=self._on_lost)
+        self._waiting: deque[Message] = deque()
+        self._waiting_bytes = 0
+        self._arrived = asyncio.Event()
+        self._held = False
+        self._settled = 0
+        # Of its own, since nothing is read from the other connection for much of the time.
+        self._publishing: BrokerConnection | None = None
+        self._outlet = Outlet(partial(open_channel, confirms=True))
 
-    async def read(self, limit: int | None = None) -> AsyncIterator[DeadLetter]:
-        """Those that were there at the beginning, at most `limit`; one at a time is in memory."""
-        for _ in range(self.total if limit is None else min(limit, self.total)):
-            with link_failures():
-                message = await self._channel.basic_get(dead_letter_queue(self._rack), timeout=ANSWER_TIMEOUT_S)
-            if not message.delivery_tag:
+    async def hold(self) -> None:
+        """Take them. ERR_NOT_FOUND: there is no such queue. ERR_CONFLICT: somebody else takes from it."""
+        await self._compare()
+        deadline = time.monotonic() + PATIENCE_S
+        while (declared := await self._declared()).consumer_count:
+            if time.monotonic() > deadline:
+                raise ModelManagerError("ERR_CONFLICT", f"Somebody else reads {self._queue} now; try again later.")
+            await asyncio.sleep(_POLL_S)
+        self.total = declared.message_count or 0
+        if not self.total:
+            return
+        await self._channel.open()
+        await self._channel.call(Basic.Qos(prefetch_count=PREFETCH))
+        self._held = True
+        await self._channel.call(Basic.Consume(queue=self._queue))
+
+    async def read(self) -> AsyncIterator[DeadLetter]:
+        """Those that were there at the beginning, oldest first. A bounded number is in memory."""
+        for _ in range(self.total):
+            message = await self._next()
+            if message is None:
                 return
             yield read_letter(message)
 
+    async def _next(self) -> Message | None:
+        """None: some have expired since they were counted."""
+        if not self._waiting and not self._channel.is_closed:
+            self._arrived.clear()
+            self._waiting_bytes = 0
+            self._connection.tap.resume()
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    await self._arrived.wait()
+            except TimeoutError:
+                return None
+        if not self._waiting:
+            raise LinkLostError("the connection was lost")
+        return self._waiting.popleft()
+
+    def _on_message(self, message: Message) -> None:
+        if not self._held:
+            return
+        self._waiting.append(message)
+        self._waiting_bytes += len(message.body)
+        if len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES:
+            self._connection.tap.pause()
+        self._arrived.set()
+
+    def _on_lost(self) -> None:
+        self._arrived.set()
+
     async def drop(self, letter: DeadLetter) -> None:
         """Remove it for good."""
-        with link_failures():
-            await self._channel.basic_ack(letter.message.delivery_tag or 0)
+        self._channel.ack(letter.message.delivery_tag)
+        self._settled += 1
 
     async def replay(self, letter: DeadLetter) -> None:
         """Put it on the request queue, confirmed, and only then remove it here. Raises NotReplayedError.
@@ -114,10 +144,12 @@ class DeadLetters:
             raise NotReplayedError("nothing names its method")
         if isinstance(letter.properties.headers, UnreadableTable):
             raise NotReplayedError("its headers cannot be read")
-        key, properties = f"{self._rack}.{letter.method}", _request_properties(letter)
+        if self._publishing is None:
+            self._publishing = await open_connection(self._url, CONNECTION_NAME)
+            self._outlet.attach(self._publishing)
+        key, properties = f"{self._rack}.{letter.method}", request_properties(letter)
         try:
-            with link_failures():
-                await self._publish(letter.body, key, properties)
+            await self._publish(letter.body, key, properties)
         except PublishError:
             raise NotReplayedError("the rack has no request queue") from None
         except DeliveryError:
@@ -127,127 +159,84 @@ class DeadLetters:
     async def _publish(self, body: bytes, key: str, properties: Basic.Properties) -> None:
         try:
             await self._publish_once(body, key, properties)
-        except ChannelPreconditionFailed:
-            if properties.user_id is None:
+        except LinkLostError as error:
+            if properties.user_id is None or not isinstance(error.__cause__, ChannelPreconditionFailed):
                 raise
             # The broker lets nobody but an impersonator send another's user id.
             properties.user_id = None
             await self._publish_once(body, key, properties)
 
     async def _publish_once(self, body: bytes, key: str, properties: Basic.Properties) -> None:
-        if self._outlet is None or self._outlet.is_closed:
-            self._outlet = await open_channel(self._connection, confirms=True)
-        await self._outlet.basic_publish(
-            body,
-            exchange=RPC_EXCHANGE,
-            routing_key=key,
-            properties=properties,
-            mandatory=True,
-            timeout=ANSWER_TIMEOUT_S,
-        )
+        channel = await self._outlet.channel()
+        with link_failures():
+            await channel.basic_publish(
+                body,
+                exchange=RPC_EXCHANGE,
+                routing_key=key,
+                properties=properties,
+                mandatory=True,
+                timeout=ANSWER_TIMEOUT_S,
+            )
+
+    async def give_back(self) -> None:
+        """Return once the others are in their places. LinkLostError: nobody knows what of the last ones is removed."""
+        if self._publishing is not None:
+            await close_connection(self._publishing)
+            self._publishing = None
+        if not self._held:
+            return
+        self._held = False
+        self._waiting.clear()
+        self._connection.tap.resume()
+        try:
+            await self._channel.close()
+            deadline = time.monotonic() + PATIENCE_S
+            while ((await self._declared()).message_count or 0) < self.total - self._settled:
+                if time.monotonic() > deadline:  # some have expired, or somebody else has them
+                    return
+                await asyncio.sleep(_POLL_S)
+        except LinkLostError:
+            if self._settled:
+                raise
+
+    async def _declared(self) -> Queue.DeclareOk:
+        channel = await open_channel(self._connection, confirms=False)
+        with link_failures():
+            declared = await channel.queue_declare(self._queue, passive=True, timeout=ANSWER_TIMEOUT_S)
+            await channel.close()
+        return declared
+
+    async def _compare(self) -> None:
+        (wanted,) = (queue for queue in topology(self._rack).queues if queue.name == self._queue)
+        problem = await examine(self._connection, wanted)
+        if problem is not None and problem.kind == "different":
+            self.remark = f"{problem}: if it has a delivery limit, each look at a letter counts against it"
 
 
 @asynccontextmanager
-async def dead_letters(connection: AbstractConnection, rack: str) -> AsyncIterator[DeadLetters]:
+async def dead_letters(url: str, rack: str) -> AsyncIterator[DeadLetters]:
     """Hold the rack's dead letters; at the end those that were neither dropped nor replayed are back in their places.
 
-    Raises ModelManagerError: ERR_NOT_FOUND for a rack without that queue, ERR_FORBIDDEN for a login that may not read.
+    Raises ModelManagerError: ERR_NOT_FOUND for a rack without that queue, ERR_CONFLICT while somebody else holds them,
+    ERR_FORBIDDEN for a login that may not.
     """
-    channel = await open_channel(connection, confirms=False)
+    connection = await open_connection(url, CONNECTION_NAME)
+    letters = DeadLetters(url, rack, connection)
     try:
-        with link_failures():
-            declared = await channel.queue_declare(dead_letter_queue(rack), passive=True, timeout=ANSWER_TIMEOUT_S)
-        yield DeadLetters(rack, connection, channel, declared.message_count or 0)
+        await letters.hold()
+        yield letters
+        await letters.give_back()
     except LinkLostError as error:
         raise _refusal(error, rack) or error from None
     finally:
-        if not channel.is_closed:
-            with suppress(LinkLostError), link_failures():
-                await channel.close()
+        with suppress(LinkLostError):
+            await letters.give_back()
+        await close_connection(connection)
 
 
 def _refusal(error: LinkLostError, rack: str) -> ModelManagerError | None:
     if isinstance(error.__cause__, ChannelNotFoundEntity):
         return ModelManagerError("ERR_NOT_FOUND", f"Rack {rack} has no queue of dead letters on that broker.")
-    if isinstance(error.__cause__, ChannelAccessRefused):
+    if isinstance(error.__cause__, ChannelAccessRefused) or str(error).startswith("ACCESS_REFUSED"):
         return ModelManagerError("ERR_FORBIDDEN", "The broker does not allow this login to do that.")
     return None
-
-
-def read_letter(message: DeliveredMessage) -> DeadLetter:
-    """What a message from a queue of dead letters tells; whatever it holds, it never raises."""
-    properties = message.header.properties
-    headers: Mapping[str, Any] = properties.headers or {}
-    death = _last_death(headers.get("x-death"))
-    if death is not None:
-        code = str(death.get("reason", "unknown"))
-        reason = _DEATHS.get(code, f"The broker dead-lettered it: {code}.")
-        died_at, routing_key = death.get("time"), _first(death.get("routing-keys")) if death.get("exchange") else ""
-        caller = properties.user_id
-    else:
-        code = str(headers.get("x-error-code", "unknown"))
-        reason = str(headers.get("x-error-message", "Nothing on it tells why."))
-        died_at, routing_key = _moment(headers.get("x-error-time")), headers.get("x-error-routing-key", "")
-        caller = headers.get("x-error-user-id", "")
-    return DeadLetter(
-        id=_digest(message),
-        died_at=died_at if isinstance(died_at, datetime) else None,
-        method=str(routing_key).rpartition(".")[2] or properties.message_type or "",
-        caller=str(caller or ""),
-        message_id=properties.message_id or "",
-        code=code,
-        reason=reason,
-        message=message,
-    )
-
-
-def _last_death(deaths: Any) -> Mapping[str, Any] | None:
-    last = deaths[0] if isinstance(deaths, list) and deaths else None
-    return last if isinstance(last, dict) else None
-
-
-def _first(values: Any) -> str:
-    return str(values[0]) if isinstance(values, list) and values else ""
-
-
-def _moment(unix_ms: Any) -> datetime | None:
-    try:
-        return datetime.fromtimestamp(unix_ms / 1000, UTC)
-    except (TypeError, ValueError, OverflowError, OSError):
-        return None
-
-
-def _digest(message: DeliveredMessage) -> str:
-    properties = message.header.properties
-    told = {name: value for name, value in properties if name != "headers"}
-    headers = {name: value for name, value in (properties.headers or {}).items() if name not in _COUNTERS}
-    digest = hashlib.sha256(repr((message.routing_key, sorted(told.items()), headers)).encode("utf-8", "replace"))
-    digest.update(message.body)
-    return digest.hexdigest()[:ID_CHARACTERS]
-
-
-def _request_properties(letter: DeadLetter) -> Basic.Properties:
-    """The properties of the request as it was sent, without what has ended it. `expiration` is none of them."""
-    original = letter.properties
-    headers = {
-        name: value
-        for name, value in encodable(original.headers or {}).items()
-        if name not in ROUTING_HEADERS and not name.startswith(_LEFT_BEHIND)
-    }
-    if KEY_HEADER not in headers and not original.message_id:
-        # Publishing makes up a message_id, which would be a new key each time.
-        headers[KEY_HEADER] = read_request(letter.message).context.idempotency_key or f"dead-{letter.id}"
-    return Basic.Properties(
-        content_type=original.content_type,
-        content_encoding=original.content_encoding,
-        headers=headers,
-        delivery_mode=2,
-        priority=original.priority,
-        correlation_id=original.correlation_id,
-        reply_to=original.reply_to,
-        message_id=original.message_id,
-        timestamp=original.timestamp,
-        message_type=original.message_type,
-        user_id=original.user_id,
-        app_id=original.app_id,
-    )

@@ -42,10 +42,12 @@ class FrameTap(asyncio.StreamReaderProtocol):
         self._pending: list[bytes] = []
         self._before_flush: list[Callable[[], None]] = []
         self._scheduled = False
+        self._transport: asyncio.Transport
         self.writer: asyncio.StreamWriter
 
     def attach(self, transport: asyncio.Transport) -> asyncio.StreamWriter:
         """Once connected: the writer, which is shared with aiormq."""
+        self._transport = transport
         self.writer = asyncio.StreamWriter(transport, self, self._reader, self._event_loop)
         return self.writer
 
@@ -64,6 +66,17 @@ class FrameTap(asyncio.StreamReaderProtocol):
 
     def is_taken(self, channel: int) -> bool:
         return channel in self._takers
+
+    def pause(self) -> None:
+        """Read nothing for now, not even heartbeats, which aiormq bears for a minute; the broker keeps what is to come.
+
+        Frames that were read already still come.
+        """
+        self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         if self._failed:

@@ -98,6 +98,12 @@ class HotChannel:
         if confirms:
             await self.call(Confirm.Select())
 
+    async def close(self) -> None:
+        """What was not settled goes back to its queue. LinkLostError: the broker does not say that it is closed."""
+        await self.call(Channel.Close(200, "", 0, 0))
+        self._tap.release(self._number)
+        self._close("the channel was closed")
+
     async def call(self, method: Frame) -> Frame:
         """Send a synchronous method; its answer. One at a time.
 

@@ -3,8 +3,12 @@
 Every rack has a request queue and a queue for dead letters; the three exchanges are shared by all racks. Both queues
 are quorum queues. The request queue dead-letters at least once, which needs `reject-publish` (with `drop-head` the
 broker falls back to at most once), and has its own dead-letter routing key: without it expired requests find no queue
-behind the exchange, stay, and fill the rack's queue. The dead-letter queue drops its oldest, so it never refuses one,
-and has no delivery limit, since to look at a dead letter is to have it delivered.
+behind the exchange, stay, and fill the rack's queue. The dead-letter queue drops its oldest, so it never refuses one.
+
+To look at a dead letter is to have it delivered, and what is delivered too often is dropped: on RabbitMQ 4 after 20
+times, if nothing else is said. Its word for "without a limit" is -1, which RabbitMQ 3 takes for a limit of nothing. So
+the dead-letter queue has a limit that nobody reaches, which both read alike, also after an upgrade from one to the
+other.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ DELIVERY_LIMIT = 20
 MAX_REQUESTS = 10_000
 MAX_REQUEST_BYTES = 256_000_000
 MAX_DEAD_LETTERS = 10_000
+# All of them are held at once while a command reads them; and they must not fill the broker's disk.
+MAX_DEAD_LETTER_BYTES = 128_000_000
+MAX_LOOKS = 1_000_000
 DEAD_LETTER_TTL_MS = 14 * 24 * 3600 * 1000
 
 
@@ -85,10 +92,8 @@ def new_hint_queue(rack: str) -> str:
     return f"model-manager-{rack}.hints.{new_ulid()}"
 
 
-def topology(rack: str, *, broker: int = 3) -> Topology:
-    """All that a rack needs on a broker of that major version. Listeners and callers declare what is theirs alone."""
-    # RabbitMQ 4 has a limit of 20 unless told otherwise, by a word that RabbitMQ 3 takes for a limit of nothing.
-    unlimited: FieldTable = {"x-delivery-limit": -1} if broker >= 4 else {}
+def topology(rack: str) -> Topology:
+    """All that a rack needs. Listeners and callers declare what is theirs alone."""
     return Topology(
         exchanges=(
             Exchange(RPC_EXCHANGE, "topic"),
@@ -100,10 +105,11 @@ def topology(rack: str, *, broker: int = 3) -> Topology:
                 dead_letter_queue(rack),
                 {
                     "x-queue-type": "quorum",
+                    "x-delivery-limit": MAX_LOOKS,
                     "x-max-length": MAX_DEAD_LETTERS,
+                    "x-max-length-bytes": MAX_DEAD_LETTER_BYTES,
                     "x-overflow": "drop-head",
                     "x-message-ttl": DEAD_LETTER_TTL_MS,
-                    **unlimited,
                 },
             ),
             Queue(
@@ -133,7 +139,7 @@ async def provision(connection: AbstractConnection, rack: str) -> list[Problem]:
 
     What the login may not do is an `unverified` problem. Raises LinkLostError when the connection is lost.
     """
-    wanted = topology(rack, broker=major_version(connection))
+    wanted = topology(rack)
     problems = [await _declare(connection, item) for item in wanted.objects]
     problems += [await _bind(connection, binding) for binding in wanted.bindings]
     return [problem for problem in problems if problem is not None]
@@ -144,20 +150,14 @@ async def check(connection: AbstractConnection, rack: str) -> list[Problem]:
 
     Raises LinkLostError when the connection is lost.
     """
-    wanted = topology(rack, broker=major_version(connection))
-    found: list[Problem] = []
-    for item in wanted.objects:
-        # A passive declaration compares no arguments. Declaring what surely exists does, and creates nothing.
-        problem = await _declare(connection, item, passive=True) or await _declare(connection, item)
-        if problem is not None:
-            found.append(problem)
-    return found
+    problems = [await examine(connection, item) for item in topology(rack).objects]
+    return [problem for problem in problems if problem is not None]
 
 
-def major_version(connection: AbstractConnection) -> int:
-    """The first number of the broker's version; 3 if it does not tell."""
-    version = str(connection.server_properties.get("version", "")).partition(".")[0]
-    return int(version) if version.isdecimal() else 3
+async def examine(connection: AbstractConnection, item: Exchange | Queue) -> Problem | None:
+    """What is wrong with one object; creates nothing. LinkLostError when the connection is lost."""
+    # A passive declaration compares no arguments. Declaring what surely exists does, and creates nothing.
+    return await _declare(connection, item, passive=True) or await _declare(connection, item)
 
 
 async def _declare(connection: AbstractConnection, item: Exchange | Queue, *, passive: bool = False) -> Problem | None:
