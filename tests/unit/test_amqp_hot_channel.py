@@ -166,6 +166,16 @@ async def _settle_at_random(dice: random.Random) -> None:
                 assert (seen_acked, seen_given_back) == (acked, given_back)
 
 
+async def test_closing_comes_behind_the_acknowledgements() -> None:
+    opened = await Opened().open()
+    opened.deliver(1)
+    opened.channel.ack(1)
+    await opened.asked(opened.channel.close(), Channel.CloseOk())
+    assert [one.name for one in opened.written()] == ["Basic.Ack", "Channel.Close"]
+    assert opened.channel.is_closed
+    assert opened.order == ["replies", "lost"]
+
+
 async def test_confirms_come_one_by_one_or_for_all_up_to_one_and_a_returned_message_was_not_taken() -> None:
     opened = await Opened().open()
     futures = []

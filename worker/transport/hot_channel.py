@@ -100,6 +100,7 @@ class HotChannel:
 
     async def close(self) -> None:
         """What was not settled goes back to its queue. LinkLostError: the broker does not say that it is closed."""
+        self._tap.flush()  # acknowledgements wait for the end of the turn, which is behind the closing
         await self.call(Channel.Close(200, "", 0, 0))
         self._tap.release(self._number)
         self._close("the channel was closed")
