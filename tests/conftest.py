@@ -1,9 +1,9 @@
 """Real services for the tests that ask for them, started once a session and ended with it.
 
-A test that uses `amqp_url` or `rabbitmq` is marked `broker`, one that uses `s3_bucket`, `s3_client` or `object_store`
-is marked `s3`. Where a service cannot be had, its tests are skipped with the reason; with `CI=true` they fail. The end
-of the report tells which service came from where. `LOCAL_SERVICES` (`auto`, `given`, `docker`, `native`) restricts
-where from.
+A test that uses `amqp_url`, `rabbitmq` or `broker_in` is marked `broker`, one that uses `s3_bucket`, `s3_client` or
+`object_store` is marked `s3`. Where a service cannot be had, its tests are skipped with the reason; with `CI=true` they
+fail. The end of the report tells which service came from where. `LOCAL_SERVICES` (`auto`, `given`, `docker`, `native`)
+restricts where from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
@@ -31,7 +32,7 @@ IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 _NOT_ASKED = "not asked for by the tests that were selected"
 LANES = pytest.StashKey[dict[str, str]]()
 MARKS = {
-    "broker": {"rabbitmq", "amqp_url"},
+    "broker": {"rabbitmq", "amqp_url", "broker_in"},
     "s3": {"object_store", "s3_client", "s3_bucket"},
     "docker": {"docker_image", "worker_image"},
 }
@@ -114,6 +115,20 @@ def rabbitmq_fixture(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempP
     """The broker of the session. A test that ends it starts it again."""
     folder = tmp_path_factory.mktemp("rabbitmq")
     yield from provide(pytestconfig, "broker", lambda: rabbitmq(folder, source=SOURCE))
+
+
+@pytest.fixture(scope="module")
+def broker_in(pytestconfig: pytest.Config) -> Iterator[Callable[[Path], RabbitMQ]]:
+    """Starts a broker of the test's own, with the `rabbitmq.conf` that is in the folder; ends it with the module."""
+
+    def start(folder: Path) -> RabbitMQ:
+        if SOURCE not in (Source.AUTO, Source.NATIVE):
+            pytest.skip(f"broker: one with a configuration of its own is none from {SOURCE}")
+        provided = contextmanager(provide)(pytestconfig, "broker", lambda: rabbitmq(folder, source=Source.NATIVE))
+        return started.enter_context(provided)
+
+    with ExitStack() as started:
+        yield start
 
 
 @pytest.fixture

@@ -88,8 +88,6 @@ class DeadLetters:
                 raise ModelManagerError("ERR_CONFLICT", f"Somebody else reads {self._queue} now; try again later.")
             await asyncio.sleep(_POLL_S)
         self.total = declared.message_count or 0
-        if not self.total:
-            return
         await self._channel.open()
         await self._channel.call(Basic.Qos(prefetch_count=PREFETCH))
         self._held = True
@@ -98,19 +96,27 @@ class DeadLetters:
     async def read(self) -> AsyncIterator[DeadLetter]:
         """Those that were there at the beginning, oldest first. A bounded number is in memory."""
         for _ in range(self.total):
-            message = await self._next()
-            if message is None:
+            message = await self._next(PATIENCE_S)
+            if message is None:  # some have expired since they were counted
                 return
             yield read_letter(message)
 
-    async def _next(self) -> Message | None:
-        """None: some have expired since they were counted."""
+    async def arrival(self, message_id: str, within_s: float) -> DeadLetter | None:
+        """The letter of that name, be it there or on its way; None if it does not come within the time."""
+        deadline = time.monotonic() + within_s
+        while (message := await self._next(deadline - time.monotonic())) is not None:
+            if message.properties.message_id == message_id:
+                return read_letter(message)
+        return None
+
+    async def _next(self, within_s: float) -> Message | None:
+        """None: there is none."""
         if not self._waiting and not self._channel.is_closed:
             self._arrived.clear()
             self._waiting_bytes = 0
             self._connection.tap.resume()
             try:
-                async with asyncio.timeout(PATIENCE_S):
+                async with asyncio.timeout(within_s):
                     await self._arrived.wait()
             except TimeoutError:
                 return None

@@ -69,9 +69,13 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is not as it should be. A `missing` object keeps the worker from its work, a `different` one does not."""
+    """What is not as it should be.
 
-    kind: Literal["missing", "different", "unverified"]
+    A `missing` object keeps the worker from its work, a `different` one does not. What is `broken` does not do what it
+    is there for; `open` is a user who may do more than is meant.
+    """
+
+    kind: Literal["missing", "different", "unverified", "broken", "open"]
     name: str
     reason: str = field(default="")
 
@@ -90,6 +94,11 @@ def dead_letter_queue(rack: str) -> str:
 def new_hint_queue(rack: str) -> str:
     """A name for one listener's exclusive queue; not the broker's choice, since callers may reply to `amq.gen-*`."""
     return f"model-manager-{rack}.hints.{new_ulid()}"
+
+
+def new_probe_queue(rack: str) -> str:
+    """A name for a queue that lives for one probe."""
+    return f"model-manager-{rack}.probe.{new_ulid()}"
 
 
 def topology(rack: str) -> Topology:
