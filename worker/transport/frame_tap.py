@@ -29,7 +29,10 @@ class Taker(Protocol):
 
 
 class FrameTap(asyncio.StreamReaderProtocol):
-    """The protocol below the reader and the writer of one connection."""
+    """The protocol below the reader and the writer of one connection.
+
+    `dropped`: the connection ended before something could be written that was sent.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(reader, loop=loop)
@@ -38,6 +41,7 @@ class FrameTap(asyncio.StreamReaderProtocol):
         self._splitter = FrameSplitter()
         self._takers: dict[int, Taker] = {}
         self._failed = self._gone = False
+        self.dropped = False
         self._sign_of_life = 0.0
         self._pending: list[bytes] = []
         self._before_flush: list[Callable[[], None]] = []
@@ -106,7 +110,7 @@ class FrameTap(asyncio.StreamReaderProtocol):
         self._gone = True
         takers = list(self._takers.values())
         self._takers.clear()
-        self._pending.clear()
+        self._drop_pending()
         for taker in takers:
             taker.lost(exc or self._reader.exception())
 
@@ -129,9 +133,15 @@ class FrameTap(asyncio.StreamReaderProtocol):
             write()
         self._before_flush.clear()
         if self._pending:
-            if not self.writer.is_closing():
+            if self.writer.is_closing():
+                self._drop_pending()
+            else:
                 self.writer.write(b"".join(self._pending))
-            self._pending.clear()
+                self._pending.clear()
+
+    def _drop_pending(self) -> None:
+        self.dropped = self.dropped or bool(self._pending)
+        self._pending.clear()
 
     @property
     def congested(self) -> bool:

@@ -47,7 +47,8 @@ class HotChannel:
 
     `delivered` gets each message and `cancelled` is called when the broker ends the consumer; both at once, on the
     event loop, and must not raise. `lost` is called when the channel is of no more use. `before_acks` is called before
-    acknowledgements are written, to write what has to go before them.
+    acknowledgements are written, to write what has to go before them; if it raises LinkLostError, that is lost, and
+    what should have been acknowledged is given back.
     """
 
     def __init__(
@@ -156,8 +157,14 @@ class HotChannel:
 
     def _write_acks(self) -> None:
         """One frame for the oldest unsettled messages as far as they are all acknowledged, and one for each other."""
-        if self._before_acks is not None:
-            self._before_acks()
+        try:
+            if self._before_acks is not None:
+                self._before_acks()
+        except LinkLostError:
+            for tag in sorted(self._acked):
+                self.nack(tag, requeue=True)
+            self._acked.clear()
+            return
         last = count = 0
         for tag in self._unsettled:
             if tag not in self._acked:

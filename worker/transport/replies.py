@@ -160,9 +160,11 @@ class Publisher:
         await self._usable.wait()
 
     def flush(self) -> None:
-        """Write the replies that were sent so far."""
+        """Write the replies that were sent so far. LinkLostError: some of this turn are lost with their connection."""
         if self._connection is not None:
             self._connection.tap.flush()
+            if self._connection.tap.dropped:
+                raise LinkLostError("the publishing connection was lost")
 
     async def reply(self, request: Request, body: bytes) -> None:
         """Answer `request`. A requester that has gone is counted, and no failure.
