@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
+import hypothesis
 import pytest
 from botocore.config import Config
 
@@ -26,6 +27,10 @@ from deploy.local.container import build_worker_image, ping, require_image
 if TYPE_CHECKING:
     from _pytest.capture import CaptureManager
     from types_boto3_s3 import S3Client
+
+# How long an example takes says more about the machine than about the program.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 SOURCE = Source(os.environ.get("LOCAL_SERVICES", Source.AUTO))
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")

@@ -189,7 +189,7 @@ class Processes:
             process = subprocess.Popen(
                 [sys.executable, "-m", "worker", *words],
                 cwd=self.folder,
-                env={**_nobodys_environment(), **environment},
+                env={**nobodys_environment(), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -207,7 +207,7 @@ def active_segment(registry: Path) -> Path:
     return max(registry.glob("seg-*.jsonl"))
 
 
-def _nobodys_environment() -> dict[str, str]:
+def nobodys_environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MODEL_MANAGER_")}
     return {**kept, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
 

@@ -115,7 +115,9 @@ class Container:
             self._created = True
             try:
                 self._container.start()
-            except (TimeoutError, RuntimeError, *docker_errors()) as error:
+            except Exception as error:  # the client's own, those of the HTTP library below it, and of the wait
+                if not isinstance(error, (TimeoutError, RuntimeError, *docker_errors())):
+                    raise
                 raise NotStarted(f"a container of {self._container.image}: {error}") from error
 
     def stop(self) -> None:

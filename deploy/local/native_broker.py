@@ -99,11 +99,16 @@ def no_services() -> Iterator[None]:
 def server(
     programs: Programs, folder: Path, node: str, ports: Mapping[str, int]
 ) -> tuple[Process, Callable[[Sequence[str]], str]]:
-    """The broker as a process, and what runs `rabbitmqctl` on it."""
+    """The broker as a process, and what runs `rabbitmqctl` on it.
+
+    Its configuration and plugins are what `rabbitmq.conf` and `enabled_plugins` in the folder say, if they are there.
+    """
     folder = folder.resolve()
     env = environment(folder, node, ports)
     (folder / "home").mkdir(parents=True, exist_ok=True)
-    (folder / "enabled_plugins").write_text("[].\n")
+    plugins = folder / "enabled_plugins"
+    if not plugins.exists():
+        plugins.write_text("[].\n")
     (folder / "rabbitmq.conf").touch()
     broker = Process([str(programs.server)], env=env, folder=folder, log=folder / "log" / "rabbitmq.log", stop_s=STOP_S)
 

@@ -130,7 +130,7 @@ def cut_at(folder: Path, fraction: float, target: Path) -> tuple[str, int]:
     return segment.name, cut
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(OPERATIONS, st.lists(st.floats(0, 1), min_size=3, max_size=3))
 def test_what_a_cut_leaves_is_exactly_a_state_that_was(operations: list[Operation], cuts: list[float]) -> None:
     with tempfile.TemporaryDirectory() as name:

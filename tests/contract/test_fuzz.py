@@ -62,7 +62,7 @@ def answer(tmp_path: Path) -> Iterator[Answer]:
 
 
 def fuzzed(examples: int) -> settings:
-    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    return settings(max_examples=examples, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def check(method: str, reply: dict[str, Any]) -> None:

@@ -70,6 +70,22 @@ async def test_a_job_can_be_cancelled(tmp_path: Path) -> None:
     await rack.close()
 
 
+async def test_a_job_is_cancelled_without_its_effect_or_succeeds_with_it_whenever_it_is_asked(rack: LocalRack) -> None:
+    states = set()
+    for turns in range(30):
+        await rack.store_bytes(f"net-{turns}", "1.0.0", b"x")
+        version = {"modelId": f"net-{turns}"}
+        begun = await rack.call("replicateModel", {**version, "peers": ["rack-7"], "waitMs": 0})
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        state = (await rack.call("cancelJob", {"jobId": begun["jobId"]}))["state"]
+        assert (await ended(rack, begun["jobId"]))["state"] == state
+        replicated = "rack-7" in (await rack.call("getModelMetadata", version))["replicas"]
+        assert (state, replicated) in {("cancelled", False), ("succeeded", True)}
+        states.add(state)
+    assert states == {"cancelled", "succeeded"}
+
+
 async def test_a_job_that_was_cut_off_is_done_after_the_next_boot(tmp_path: Path) -> None:
     rack = LocalRack(tmp_path, store=SlowDiskStore(tmp_path / "models")).open()
     await rack.store_bytes("net", "1.0.0", b"x")

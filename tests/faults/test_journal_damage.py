@@ -350,7 +350,7 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     groups=st.lists(st.lists(st.dictionaries(st.text("abc", max_size=2), json_values, max_size=3), max_size=5)),
     segment_bytes=st.integers(100, 3000),

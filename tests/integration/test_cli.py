@@ -512,7 +512,9 @@ def test_a_topology_is_checked_provisioned_and_good(amqp_url: str, rack: str, tm
     assert f"missing: model-manager-{rack}" in missing.out
     try:
         assert run("topology", "provision", *words, folder=tmp_path).status == 0
-        assert run("topology", "check", *words, folder=tmp_path).out == f"the topology of {rack} is good\n"
+        good = run("topology", "check", *words, folder=tmp_path)
+        assert good.out == f"the topology of {rack} is good, as far as it was checked\n"
+        assert good.err.startswith("NOT CHECKED: who may call what")
         asyncio.run(delete_queue(amqp_url, f"model-manager-{rack}.dead"))
         assert run("topology", "check", *words, folder=tmp_path).status == 1
     finally:

@@ -166,6 +166,44 @@ async def _settle_at_random(dice: random.Random) -> None:
                 assert (seen_acked, seen_given_back) == (acked, given_back)
 
 
+async def test_what_should_be_acknowledged_behind_replies_that_are_lost_is_given_back() -> None:
+    opened = await Opened().open()
+    replies_lost = [True, False]
+
+    def write_replies() -> None:
+        if replies_lost.pop(0):
+            raise LinkLostError("the publishing connection was lost")
+
+    opened.channel._before_acks = write_replies
+    for tag in range(1, 4):
+        opened.deliver(tag)
+    opened.channel.ack(3)
+    opened.channel.ack(1)
+    assert settlements(opened) == [("Nack", 1, False), ("Nack", 3, False)]
+    opened.channel.ack(2)
+    assert settlements(opened) == [("Ack", 2, False)]
+
+
+async def test_a_tap_knows_whether_all_that_was_sent_was_written() -> None:
+    opened = await Opened().open()
+    opened.channel.reply("q", b"{}", correlation_id="c", headers=None, mandatory=False)
+    opened.tap.flush()
+    assert not opened.tap.dropped
+    opened.channel.reply("q", b"{}", correlation_id="c", headers=None, mandatory=False)
+    opened.tap.connection_lost(None)
+    assert opened.tap.dropped
+
+
+async def test_closing_comes_behind_the_acknowledgements() -> None:
+    opened = await Opened().open()
+    opened.deliver(1)
+    opened.channel.ack(1)
+    await opened.asked(opened.channel.close(), Channel.CloseOk())
+    assert [one.name for one in opened.written()] == ["Basic.Ack", "Channel.Close"]
+    assert opened.channel.is_closed
+    assert opened.order == ["replies", "lost"]
+
+
 async def test_confirms_come_one_by_one_or_for_all_up_to_one_and_a_returned_message_was_not_taken() -> None:
     opened = await Opened().open()
     futures = []

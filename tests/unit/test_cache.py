@@ -149,4 +149,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheKeepsItsBounds = CacheMachine.TestCase
-TestCacheKeepsItsBounds.settings = settings(max_examples=50, deadline=None)
+TestCacheKeepsItsBounds.settings = settings(max_examples=50)

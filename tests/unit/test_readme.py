@@ -62,7 +62,7 @@ def test_every_metric_is_listed_and_every_listed_metric_exists() -> None:
 
 
 def test_every_command_exists() -> None:
-    commands = set(re.findall(r"(?<![-/])model-manager ((?:config|topology|journal) \w+|[a-z]+)\b", README))
+    commands = set(re.findall(r"(?<![-/])model-manager ((?:config|topology|dead|journal) \w+|[a-z]+)\b", README))
     for command in sorted(commands):
         shown = CliRunner().invoke(app, [*command.split(), "--help"])
         assert shown.exit_code == 0, command

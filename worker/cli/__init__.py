@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from schemas.errors import EXIT_CONFIG_INVALID, EXIT_INTERRUPTED, ModelManagerError
-from worker.cli import journal, models, operate, recovery, services
+from worker.cli import dead, journal, models, operate, recovery, services, topology
 from worker.cli.output import Output, plain
 
 
@@ -63,6 +63,8 @@ app = typer.Typer(
 services.add_to(app)
 models.add_to(app)
 operate.add_to(app)
+topology.add_to(app)
+dead.add_to(app)
 journal.add_to(app)
 recovery.add_to(app)
 

@@ -1,12 +1,14 @@
-"""What an operator's command begins with: its output, and the settings it works on."""
+"""What an operator's command begins with: its output, the settings it works on, and a yes to what destroys."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from schemas.errors import ModelManagerError
 from worker.cli.output import Format, Output
 
 if TYPE_CHECKING:
@@ -33,3 +35,13 @@ def loaded_settings(
     for warning in loaded.warnings:
         output.remark(f"warning: {warning}")
     return loaded
+
+
+def confirm(what: str, yes: bool) -> None:
+    """Return if it was said with `--yes`, or is said now; ERR_INVALID_REQUEST otherwise."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ModelManagerError("ERR_INVALID_REQUEST", f"This would {what}.", hint="say --yes")
+    if not typer.confirm(f"{what[0].upper()}{what[1:]}?", err=True):
+        raise ModelManagerError("ERR_INVALID_REQUEST", "Nothing was done.")

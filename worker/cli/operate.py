@@ -1,4 +1,4 @@
-"""The operator's commands: settings, topology, and the doctor."""
+"""The operator's commands: settings, and the doctor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,29 +16,25 @@ import typer
 
 from schemas.errors import ModelManagerError
 from worker.cli.arguments import json_value
-from worker.cli.definitions import print_definitions
 from worker.cli.journal import damaged, journal_report
 from worker.cli.loading import AmqpUrl, Form, Rack, RegistryPath, loaded_settings, started
-from worker.cli.output import Format, Output, plain, table
+from worker.cli.output import Format, table
+from worker.cli.topology import on_broker
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from worker.settings import Loaded, Settings
-    from worker.transport.topology import Problem
 
 _EXIT_SOME_FAILED = 1
 _MASK = "********"
 _PROBE_TIMEOUT_S = 4.0
 
 config = typer.Typer(help="The settings and where they come from.", no_args_is_help=True)
-topology = typer.Typer(help="Exchanges and queues on the broker.", no_args_is_help=True)
 
 
 def add_to(app: typer.Typer) -> None:
     app.add_typer(config, name="config")
-    app.add_typer(topology, name="topology")
-    topology.command("definitions")(print_definitions)
     app.command("doctor")(doctor)
     app.command("probe")(probe)
 
@@ -100,54 +96,6 @@ def _mask(secret: str) -> str:
     return urlunsplit((parts.scheme, f"{login}{at}{host}", parts.path, "", ""))
 
 
-# --- topology ---
-
-
-@topology.command("provision")
-def provision_topology(
-    ctx: typer.Context, rack: Rack = None, amqp_url: AmqpUrl = None, output: Form = Format.TABLE
-) -> None:
-    """Create the exchanges, queues and bindings of a rack that are missing. Doing it again changes nothing."""
-    from worker.transport.topology import provision
-
-    _on_broker(started(ctx, output), provision, rack, amqp_url)
-
-
-@topology.command("check")
-def check_topology(
-    ctx: typer.Context, rack: Rack = None, amqp_url: AmqpUrl = None, output: Form = Format.TABLE
-) -> None:
-    """Tell what is missing or different on the broker, and change nothing. The exit status is then 1."""
-    from worker.transport.topology import check
-
-    _on_broker(started(ctx, output), check, rack, amqp_url)
-
-
-def _on_broker(
-    output: Output, work: Callable[[Any, str], Awaitable[list[Problem]]], rack: str | None, amqp_url: str | None
-) -> None:
-    loaded = loaded_settings(output, rack=rack, amqp_url=amqp_url)
-    name = loaded.settings.rack
-    problems = asyncio.run(_broker_problems(loaded, work))
-    document = {"rack": name, "problems": [asdict(problem) for problem in problems]}
-    output.result(document, lambda: [plain(problem) for problem in problems] or [f"the topology of {name} is good"])
-    if problems:
-        raise typer.Exit(_EXIT_SOME_FAILED)
-
-
-async def _broker_problems(loaded: Loaded, work: Callable[[Any, str], Awaitable[list[Problem]]]) -> list[Problem]:
-    from worker.transport.connections import LinkLostError, close_connection, open_connection
-
-    try:
-        connection = await open_connection(loaded.amqp_url, "model-manager-cli")
-        try:
-            return await work(connection, loaded.settings.rack)
-        finally:
-            await close_connection(connection)
-    except LinkLostError as error:
-        raise ModelManagerError("ERR_SHUTTING_DOWN", f"The broker: {error}.") from None
-
-
 # --- doctor ---
 
 
@@ -198,7 +146,7 @@ def _examined(name: str, examine: Callable[[], str]) -> _Finding:
 def _examine_broker(loaded: Loaded) -> str:
     from worker.transport.topology import check
 
-    problems = asyncio.run(_broker_problems(loaded, check))
+    problems = asyncio.run(on_broker(loaded, check))
     if problems:
         raise ModelManagerError("ERR_NOT_FOUND", "; ".join(str(problem) for problem in problems))
     return f"reachable, and the topology of {loaded.settings.rack} is good"

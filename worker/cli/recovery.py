@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import typer
 from schemas.errors import ModelManagerError
 from schemas.wire import timestamp
 from worker.cli.journal import journal, refusals
-from worker.cli.loading import Form, Rack, RegistryPath, loaded_settings, started
+from worker.cli.loading import Form, Rack, RegistryPath, confirm, loaded_settings, started
 from worker.cli.models import Yes
 from worker.cli.output import Format, pairs
 
@@ -57,7 +56,7 @@ def rebuild_registry(
     out = started(ctx, output)
     settings = loaded_settings(out, rack=rack, registry_path=registry_path).settings
     until = _until(to_sequence, to_time)
-    _confirm(f"rebuild the registry of {settings.rack}; its present owner, if there is one, stops", yes)
+    confirm(f"rebuild the registry of {settings.rack}; its present owner, if there is one, stops", yes)
     with refusals(in_use="Stop the worker that runs on it first."), _recovery_refusals(), out.progress() as progress:
         done = asyncio.run(_rebuild(settings, until, epoch, patience, progress))
     out.result({"success": True, **_rebuilt_document(done)}, lambda: pairs(_rebuilt_document(done)))
@@ -105,7 +104,7 @@ def restore_journal(
     out = started(ctx, output)
     settings = loaded_settings(out, rack=rack, registry_path=registry_path).settings
     until = _until(to_sequence, to_time)
-    _confirm(f"restore the registry of {settings.rack} from {source.name}", yes)
+    confirm(f"restore the registry of {settings.rack} from {source.name}", yes)
     with refusals(in_use="Stop the worker that runs on it first."), _recovery_refusals(), out.progress() as progress:
         done = _restore(settings, source, until, progress)
     out.result({"success": True, **_document(done)}, lambda: pairs(_document(done)))
@@ -140,15 +139,6 @@ def _unix_ms(text: str) -> int:
     if moment is None or moment.tzinfo is None:
         raise ModelManagerError("ERR_INVALID_REQUEST", f"--to-time {text}: must be like 2026-11-24T10:00:00Z.")
     return int(moment.timestamp() * 1000)
-
-
-def _confirm(what: str, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise ModelManagerError("ERR_INVALID_REQUEST", f"This would {what}.", hint="say --yes")
-    if not typer.confirm(f"{what[0].upper()}{what[1:]}?", err=True):
-        raise ModelManagerError("ERR_INVALID_REQUEST", "Nothing was done.")
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 Begin and end are records; a job that has no end at boot is started again, so the body of a job must be able to find its
 effect already there.
+
+A body ends with its commit. Until then a cancelled job has no effect; from then on it is no more cancelled, but waited
+for: an effect whose job says "cancelled" would be one that nobody expects.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from worker.registry import Change, Registry
 _log = structlog.get_logger()
 
 Progress = Callable[[str, int], None]
-Body = Callable[[dict[str, Any], Progress], Awaitable[dict[str, Any]]]
+Commit = Callable[[], Awaitable[dict[str, Any]]]
+# The long part of a job, which can be cut anywhere; it returns the short one, which has the effect and the result.
+Body = Callable[[dict[str, Any], Progress], Awaitable[Commit]]
 
 _LAST_PROGRESS_KEPT = 1000
 
@@ -37,6 +42,7 @@ class Jobs:
         self._bodies = bodies
         self._places = asyncio.Semaphore(places)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._committing: set[str] = set()
         self._progress: dict[str, dict[str, int]] = {}
         self._last_progress: dict[str, dict[str, int]] = {}  # of jobs that ended, for those who ask just then
 
@@ -89,10 +95,12 @@ class Jobs:
         return status
 
     async def cancel(self, job_id: str) -> JobStatus:
-        """Ask a job to end; what it has committed stays."""
+        """End a job, if it has not come to its commit; else it succeeds or fails as if nobody had asked."""
         self._entry(job_id)
         task = self._tasks.get(job_id)
-        if task is not None:
+        if task is not None and job_id in self._committing:
+            await asyncio.wait([task])
+        elif task is not None:
             task.cancel()
             await asyncio.wait([task])
             error = ModelManagerError("ERR_CONFLICT", "The job was cancelled.").body()["error"]
@@ -132,13 +140,19 @@ class Jobs:
     def _start(self, job: JobEntry) -> None:
         task = asyncio.create_task(self._run(job), name=f"job {job.method} {job.id}")
         self._tasks[job.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
+        task.add_done_callback(lambda _: self._forget(job.id))
+
+    def _forget(self, job_id: str) -> None:
+        self._tasks.pop(job_id, None)
+        self._committing.discard(job_id)
 
     async def _run(self, job: JobEntry) -> None:
         try:
             async with self._places:
                 progress = self._progress[job.id] = {}
-                result = await self._bodies[job.method](job.params, progress.__setitem__)
+                commit = await self._bodies[job.method](job.params, progress.__setitem__)
+                self._committing.add(job.id)
+                result = await commit()
             end: dict[str, Any] = {"job": job.id, "state": "succeeded", "result": result}
         except ModelManagerError as error:
             end = {"job": job.id, "state": "failed", "error": error.body()["error"]}

@@ -15,6 +15,7 @@ from schemas.model import version_digest
 from schemas.rpc import ReplicateReply, ValidatedFile, ValidateReply
 from worker.cache import ModelCache
 from worker.catalog.entries import VersionEntry
+from worker.jobs.runner import Commit
 from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.service.editing import update_record
@@ -38,7 +39,7 @@ class Checking:
         self._cache = cache
         self._examining = examining
 
-    async def validate(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    async def validate(self, params: dict[str, Any], progress: Progress) -> Commit:
         """Read every file back, compare size and sha256, run the format hooks; wrong bytes quarantine the version."""
         catalog = self._registry.catalog
         entry = await self._registry.look(lambda: catalog.resolve(params["modelId"], params["version"]))
@@ -55,7 +56,6 @@ class Checking:
         bytes_right = all(file["isValid"] for file in files)
         if bytes_right:
             findings += await self._examining.findings(entry.type, self._examining.stored(entry.files))
-        await self._record_state(entry, quarantined=not bytes_right)
         reply = ValidateReply(
             success=True,
             modelId=entry.model,
@@ -66,7 +66,12 @@ class Checking:
             files=files,
             findings=[cast(Any, finding.as_dict()) for finding in findings[:100]],
         )
-        return cast(dict[str, Any], reply)
+
+        async def commit() -> dict[str, Any]:
+            await self._record_state(entry, quarantined=not bytes_right)
+            return cast(dict[str, Any], reply)
+
+        return commit
 
     async def _check(self, file: StoredFile, progress: Callable[[int], None]) -> tuple[ValidatedFile, list[Finding]]:
         expected = digest_of(file["sha256"])
@@ -114,7 +119,7 @@ class Checking:
             self._cache.forget(entry.model, entry.version)
             _log.error("model_quarantined", model=entry.model, version=entry.version)
 
-    async def replicate(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    async def replicate(self, params: dict[str, Any], progress: Progress) -> Commit:
         """Record which racks should hold the version; the record's hint tells them. No rack's answer is waited for."""
         catalog = self._registry.catalog
         resolved = await self._registry.look(lambda: catalog.resolve(params["modelId"], params["version"]))
@@ -128,7 +133,6 @@ class Checking:
                 return None
             return Change("update", update_record(self._registry, entry, replicas=replicas))
 
-        await self._registry.transact(resolved.model.lower(), decide)
         message = "Recorded and announced. That rack has not confirmed a copy."
         reply = ReplicateReply(
             success=True,
@@ -139,7 +143,12 @@ class Checking:
             failedReplications=0,
             results=[{"peer": peer, "state": "pending", "message": message} for peer in wanted],
         )
-        return cast(dict[str, Any], reply)
+
+        async def commit() -> dict[str, Any]:
+            await self._registry.transact(resolved.model.lower(), decide)
+            return cast(dict[str, Any], reply)
+
+        return commit
 
 
 def _advance(progress: Progress, before: int, seen: int) -> None:

@@ -13,7 +13,7 @@ from worker.cache import ModelCache
 from worker.catalog.entries import VersionEntry
 from worker.content import OpenedFile
 from worker.context import Context
-from worker.jobs.runner import Jobs
+from worker.jobs.runner import Commit, Jobs
 from worker.journal import Entry
 from worker.policy import Policy
 from worker.readiness import Readiness
@@ -110,8 +110,8 @@ class ModelService:
         await self.uploads.describe(params.upload_id)  # refuses an unknown one before a job is recorded
         return await self._run_job("completeUpload", {"uploadId": params.upload_id}, params.wait_ms, context)
 
-    async def _complete_upload(self, params: dict[str, Any], progress: Callable[[str, int], None]) -> dict[str, Any]:
-        return cast(dict[str, Any], await self.uploads.complete(params["uploadId"], progress))
+    async def _complete_upload(self, params: dict[str, Any], progress: Callable[[str, int], None]) -> Commit:
+        return cast(Commit, await self.uploads.complete(params["uploadId"], progress))
 
     async def _resolve(self, model_id: str, reference: str) -> VersionEntry:
         return await self._registry.look(lambda: self._registry.catalog.resolve(model_id, reference))

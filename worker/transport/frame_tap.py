@@ -33,7 +33,10 @@ class Taker(Protocol):
 
 
 class FrameTap(asyncio.StreamReaderProtocol):
-    """The protocol below the reader and the writer of one connection."""
+    """The protocol below the reader and the writer of one connection.
+
+    `dropped`: the connection ended before something could be written that was sent.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(reader, loop=loop)
@@ -42,14 +45,17 @@ class FrameTap(asyncio.StreamReaderProtocol):
         self._splitter = FrameSplitter()
         self._takers: dict[int, Taker] = {}
         self._failed = self._gone = False
+        self.dropped = False
         self._sign_of_life = 0.0
         self._pending: list[bytes] = []
         self._before_flush: list[Callable[[], None]] = []
         self._scheduled = False
+        self._transport: asyncio.Transport
         self.writer: asyncio.StreamWriter
 
     def attach(self, transport: asyncio.Transport) -> asyncio.StreamWriter:
         """Once connected: the writer, which is shared with aiormq."""
+        self._transport = transport
         self.writer = asyncio.StreamWriter(transport, self, self._reader, self._event_loop)
         return self.writer
 
@@ -68,6 +74,17 @@ class FrameTap(asyncio.StreamReaderProtocol):
 
     def is_taken(self, channel: int) -> bool:
         return channel in self._takers
+
+    def pause(self) -> None:
+        """Read nothing for now, not even heartbeats, which aiormq bears for a minute; the broker keeps what is to come.
+
+        Frames that were read already still come.
+        """
+        self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         if self._failed:
@@ -97,7 +114,7 @@ class FrameTap(asyncio.StreamReaderProtocol):
         self._gone = True
         takers = list(self._takers.values())
         self._takers.clear()
-        self._pending.clear()
+        self._drop_pending()
         for taker in takers:
             taker.lost(exc or self._reader.exception())
 
@@ -120,9 +137,15 @@ class FrameTap(asyncio.StreamReaderProtocol):
             write()
         self._before_flush.clear()
         if self._pending:
-            if not self.writer.is_closing():
+            if self.writer.is_closing():
+                self._drop_pending()
+            else:
                 self.writer.write(b"".join(self._pending))
-            self._pending.clear()
+                self._pending.clear()
+
+    def _drop_pending(self) -> None:
+        self.dropped = self.dropped or bool(self._pending)
+        self._pending.clear()
 
     @property
     def busy(self) -> bool:

@@ -47,7 +47,8 @@ class HotChannel:
 
     `delivered` gets each message and `cancelled` is called when the broker ends the consumer; both at once, on the
     event loop, and must not raise. `lost` is called when the channel is of no more use. `before_acks` is called before
-    acknowledgements are written, to write what has to go before them.
+    acknowledgements are written, to write what has to go before them; if it raises LinkLostError, that is lost, and
+    what should have been acknowledged is given back.
     """
 
     def __init__(
@@ -103,6 +104,13 @@ class HotChannel:
         if confirms:
             await self.call(Confirm.Select())
 
+    async def close(self) -> None:
+        """What was not settled goes back to its queue. LinkLostError: the broker does not say that it is closed."""
+        self._tap.flush()  # acknowledgements wait for the end of the turn, which is behind the closing
+        await self.call(Channel.Close(200, "", 0, 0))
+        self._tap.release(self._number)
+        self._close("the channel was closed")
+
     async def call(self, method: Frame) -> Frame:
         """Send a synchronous method; its answer. One at a time.
 
@@ -154,8 +162,14 @@ class HotChannel:
 
     def _write_acks(self) -> None:
         """One frame for the oldest unsettled messages as far as they are all acknowledged, and one for each other."""
-        if self._before_acks is not None:
-            self._before_acks()
+        try:
+            if self._before_acks is not None:
+                self._before_acks()
+        except LinkLostError:
+            for tag in sorted(self._acked):
+                self.nack(tag, requeue=True)
+            self._acked.clear()
+            return
         last = count = 0
         for tag in self._unsettled:
             if tag not in self._acked:

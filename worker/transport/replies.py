@@ -41,7 +41,10 @@ MAX_UNAWAITED_BYTES = 16_384
 # A header frame holds all properties in one frame, at most 128 KiB at the broker's default.
 MAX_HEADER_BYTES = 100_000
 # Sender-selected distribution: these would send the copy to queues of the sender's choice.
-_ROUTING_HEADERS = ("CC", "BCC")
+ROUTING_HEADERS = ("CC", "BCC")
+# The worker's own words on a dead letter; of what the sender wrote there, and of earlier deaths, none is kept.
+REASON_PREFIX = "x-error-"
+DEATH_HEADERS = ("x-death", "x-first-death-", "x-last-death-")
 
 
 class Closable(Protocol):
@@ -158,9 +161,11 @@ class Publisher:
         await self._usable.wait()
 
     def flush(self) -> None:
-        """Write the replies that were sent so far."""
+        """Write the replies that were sent so far. LinkLostError: some of this turn are lost with their connection."""
         if self._connection is not None:
             self._connection.tap.flush()
+            if self._connection.tap.dropped:
+                raise LinkLostError("the publishing connection was lost")
 
     async def reply(self, request: Request, body: bytes) -> None:
         """Answer `request`. A requester that has gone is counted, and no failure.
@@ -198,7 +203,7 @@ class Publisher:
 
         LinkLostError: not confirmed within `PATIENCE_S`.
         """
-        properties = _dead_letter_properties(message.properties, code, reason)
+        properties = _dead_letter_properties(message, code, reason)
         try:
             # One at a time: the copy keeps its message_id, and aiormq finds returned messages by it.
             async with self._dead_letter_lock:
@@ -299,12 +304,18 @@ def encode_reply(reply: dict[str, Any]) -> bytes:
     return body
 
 
-def _dead_letter_properties(original: Basic.Properties, code: str, reason: str) -> Basic.Properties:
+def _dead_letter_properties(message: Message, code: str, reason: str) -> Basic.Properties:
     """The message's own properties and the reason, without what would expire, divert or refuse the copy."""
-    refused: FieldTable = {"x-error-code": code, "x-error-message": printable(reason)}
-    headers = _encodable(original.headers or {})
-    for name in _ROUTING_HEADERS:
-        headers.pop(name, None)
+    original = message.properties
+    refused: FieldTable = {
+        "x-error-code": code,
+        "x-error-message": printable(reason),
+        "x-error-time": int(time.time() * 1000),
+        # The copy has a routing key of its own, and none but its user may send a user id.
+        **({"x-error-routing-key": printable(message.routing_key or "")} if message.exchange else {}),
+        **({"x-error-user-id": printable(original.user_id)} if original.user_id else {}),
+    }
+    headers = {name: value for name, value in encodable(original.headers or {}).items() if not _is_ours(name)}
     if isinstance(original.headers, UnreadableTable) or not _fits(headers):
         headers = {}
     return Basic.Properties(
@@ -322,7 +333,11 @@ def _dead_letter_properties(original: Basic.Properties, code: str, reason: str) 
     )
 
 
-def _encodable(table: FieldTable) -> FieldTable:
+def _is_ours(name: str) -> bool:
+    return name in ROUTING_HEADERS or name.startswith((REASON_PREFIX, *DEATH_HEADERS))
+
+
+def encodable(table: FieldTable) -> FieldTable:
     """Decoded headers in a form that pamqp can encode: names in UTF-8, and bytes as byte arrays."""
 
     def convert(value: Any) -> Any:

@@ -4,6 +4,11 @@ Every rack has a request queue and a queue for dead letters; the three exchanges
 are quorum queues. The request queue dead-letters at least once, which needs `reject-publish` (with `drop-head` the
 broker falls back to at most once), and has its own dead-letter routing key: without it expired requests find no queue
 behind the exchange, stay, and fill the rack's queue. The dead-letter queue drops its oldest, so it never refuses one.
+
+To look at a dead letter is to have it delivered, and what is delivered too often is dropped: on RabbitMQ 4 after 20
+times, if nothing else is said. Its word for "without a limit" is -1, which RabbitMQ 3 takes for a limit of nothing. So
+the dead-letter queue has a limit that nobody reaches, which both read alike, also after an upgrade from one to the
+other.
 """
 
 from __future__ import annotations
@@ -26,6 +31,9 @@ DELIVERY_LIMIT = 20
 MAX_REQUESTS = 10_000
 MAX_REQUEST_BYTES = 256_000_000
 MAX_DEAD_LETTERS = 10_000
+# All of them are held at once while a command reads them; and they must not fill the broker's disk.
+MAX_DEAD_LETTER_BYTES = 128_000_000
+MAX_LOOKS = 1_000_000
 DEAD_LETTER_TTL_MS = 14 * 24 * 3600 * 1000
 
 
@@ -61,9 +69,13 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is not as it should be. A `missing` object keeps the worker from its work, a `different` one does not."""
+    """What is not as it should be.
 
-    kind: Literal["missing", "different", "unverified"]
+    A `missing` object keeps the worker from its work, a `different` one does not. What is `broken` does not do what it
+    is there for; `open` is a user who may do more than is meant.
+    """
+
+    kind: Literal["missing", "different", "unverified", "broken", "open"]
     name: str
     reason: str = field(default="")
 
@@ -84,8 +96,13 @@ def new_hint_queue(rack: str) -> str:
     return f"model-manager-{rack}.hints.{new_ulid()}"
 
 
+def new_probe_queue(rack: str) -> str:
+    """A name for a queue that lives for one probe."""
+    return f"model-manager-{rack}.probe.{new_ulid()}"
+
+
 def topology(rack: str) -> Topology:
-    """All that a rack needs. What belongs to one listener or one caller is declared by these."""
+    """All that a rack needs. Listeners and callers declare what is theirs alone."""
     return Topology(
         exchanges=(
             Exchange(RPC_EXCHANGE, "topic"),
@@ -97,7 +114,9 @@ def topology(rack: str) -> Topology:
                 dead_letter_queue(rack),
                 {
                     "x-queue-type": "quorum",
+                    "x-delivery-limit": MAX_LOOKS,
                     "x-max-length": MAX_DEAD_LETTERS,
+                    "x-max-length-bytes": MAX_DEAD_LETTER_BYTES,
                     "x-overflow": "drop-head",
                     "x-message-ttl": DEAD_LETTER_TTL_MS,
                 },
@@ -140,14 +159,14 @@ async def check(connection: AbstractConnection, rack: str) -> list[Problem]:
 
     Raises LinkLostError when the connection is lost.
     """
-    wanted = topology(rack)
-    found: list[Problem] = []
-    for item in wanted.objects:
-        # A passive declaration compares no arguments. Declaring what surely exists does, and creates nothing.
-        problem = await _declare(connection, item, passive=True) or await _declare(connection, item)
-        if problem is not None:
-            found.append(problem)
-    return found
+    problems = [await examine(connection, item) for item in topology(rack).objects]
+    return [problem for problem in problems if problem is not None]
+
+
+async def examine(connection: AbstractConnection, item: Exchange | Queue) -> Problem | None:
+    """What is wrong with one object; creates nothing. LinkLostError when the connection is lost."""
+    # A passive declaration compares no arguments. Declaring what surely exists does, and creates nothing.
+    return await _declare(connection, item, passive=True) or await _declare(connection, item)
 
 
 async def _declare(connection: AbstractConnection, item: Exchange | Queue, *, passive: bool = False) -> Problem | None:

@@ -9,7 +9,7 @@ arrived is asked of the store.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, cast
 from urllib.parse import quote
@@ -190,11 +190,11 @@ class UploadSessions:
             raise
         self._received[(upload.id, planned["path"])] = stored  # pinned until the upload ends
 
-    async def complete(self, upload_id: str, progress: Progress) -> UploadReply:
-        """The body of the job: every file verified, then the end recorded. A failure leaves the upload open."""
+    async def complete(self, upload_id: str, progress: Progress) -> Callable[[], Awaitable[UploadReply]]:
+        """The body of the job: every file verified, the end yet to be recorded. A failure leaves the upload open."""
         upload = self._upload(upload_id)
         if upload.state in ("completed", "stored"):
-            return await self._describe(upload)
+            return partial(self._describe, upload)
         self._open(upload_id)
         progress("totalBytes", sum(file["size"] for file in upload.files))
         files = []
@@ -212,13 +212,16 @@ class UploadSessions:
                     key=key,
                 )
             )
-        record: UploadEndRecord = {"upload": upload_id, "state": "completed", "files": files}
+        return partial(self._end, upload, files)
+
+    async def _end(self, upload: UploadEntry, files: list[StoredFile]) -> UploadReply:
+        record: UploadEndRecord = {"upload": upload.id, "state": "completed", "files": files}
 
         def decide() -> Change:
-            self._open(upload_id)
+            self._open(upload.id)
             return Change("upload.end", record)
 
-        await self._registry.transact(upload_id, decide)
+        await self._registry.transact(upload.id, decide)
         self._forget(upload)
         return await self._describe(upload)
 
