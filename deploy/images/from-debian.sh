@@ -12,7 +12,6 @@ cd "$(dirname "$0")/../.."
 
 PYTHON=${PYTHON:-.venv/bin/python}
 SUITE=bookworm
-MIRROR=http://deb.debian.org/debian
 WORKER_BASE_IMAGE=${WORKER_BASE_IMAGE:-wrk-model-manager/debian:$SUITE}
 RABBITMQ_IMAGE=${RABBITMQ_IMAGE:-wrk-model-manager/rabbitmq:$SUITE}
 OBJECT_STORE_IMAGE=${OBJECT_STORE_IMAGE:-wrk-model-manager/object-store:$SUITE}
@@ -47,7 +46,7 @@ base() {
     sources=$(mirrors) || true
     mirror=$(printf '%s\n' "$sources" | sed -n "s/^deb \(.*\) $SUITE main\$/\1/p" | head -n 1)
     root=$work/root
-    quietly debootstrap --variant=minbase --include=ca-certificates "$SUITE" "$root" "${mirror:-$MIRROR}"
+    quietly debootstrap --variant=minbase --include=ca-certificates "$SUITE" "$root" ${mirror:+"$mirror"}
     [ -z "$sources" ] || printf '%s\n' "$sources" >"$root/etc/apt/sources.list"
     apt-config dump | grep -E '^Acquire::(https?|Check|Retries)' >"$root/etc/apt/apt.conf.d/90connections" || true
     if [ -n "$(find /usr/local/share/ca-certificates -name '*.crt' 2>/dev/null)" ]; then
