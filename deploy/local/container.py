@@ -113,9 +113,10 @@ class Container:
             self._container.get_wrapped_container().start()
         else:
             self._created = True
+            errors: tuple[type[Exception], ...] = (RuntimeError, *docker_errors())
             try:
                 self._container.start()
-            except (TimeoutError, RuntimeError, *docker_errors()) as error:
+            except errors as error:
                 raise NotStarted(f"a container of {self._container.image}: {error}") from error
 
     def stop(self) -> None:

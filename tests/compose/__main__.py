@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,7 +91,7 @@ class Check:
         """Everything acknowledged is served, and both racks take more."""
         mark = f"after-{time.monotonic_ns()}"
         for rack in RACKS:
-            until(lambda rack=rack: self.store(rack, f"{mark}-{rack}"), lambda rack=rack: f"{rack} stores nothing")
+            until(partial(self.store, rack, f"{mark}-{rack}"), f"{rack} stores nothing".__str__)
         lost = [key for key, name in self.stored.items() if self.stack.send(key[0], "GET", key[1])[1] != name.encode()]
         path = f"/api/models/{MODEL}/versions/1.0.0/files/{FILE}"
         if lost or self.stack.send("rack-1", "HEAD", path)[0] != 200:
@@ -166,19 +167,17 @@ def model_of_tests() -> Path:
 
 @contextmanager
 def stack(*, keep: bool) -> Iterator[Stack]:
-    with tempfile.TemporaryDirectory(prefix="compose-", delete=not keep) as folder:
-        made = Stack.make(Path(folder))
-        try:
-            yield made
-        finally:
-            if keep:
-                names = ("SECRETS", "SECRETS_GID")
-                settings = " ".join(f"{name}={made.environment[name]}" for name in names)
-                print(f"to end it: {settings} {' '.join(made.command('down', '--volumes'))}")
-            else:
-                subprocess.run(
-                    made.command("down", "--volumes"), env=made.environment, capture_output=True, check=False
-                )
+    """A stack with secrets of its own, which are gone with it."""
+    folder = Path(tempfile.mkdtemp(prefix="compose-"))
+    made = Stack.make(folder)
+    try:
+        yield made
+    finally:
+        if keep:
+            print(f"to end it: SECRETS={folder} {' '.join(made.command('down', '--volumes'))}; rm -r {folder}")
+        else:
+            subprocess.run(made.command("down", "--volumes"), env=made.environment, capture_output=True, check=False)
+            shutil.rmtree(folder)
 
 
 def main() -> int:
