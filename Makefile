@@ -9,7 +9,7 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run serve test test-docker images compose-up compose-check lint bench crash ledger mutations schemas clean
+.PHONY: help run serve test test-docker images lint bench crash ledger mutations schemas clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,18 +26,19 @@ test: .venv/.synced ## Run all tests, against a real RabbitMQ and a real S3 stor
 test-docker: .venv/.synced ## Run the tests that need services against containers (names of images: see `images`)
 	@LOCAL_SERVICES=docker exec $(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m 'broker or s3 or docker' $(TESTS)
 
-# As root, with debootstrap and a Docker daemon; an image that the environment names gets that name.
-images: .venv/.synced ## Make the images of the services from Debian's packages, and data/images with their names
-	@mkdir -p data
-	@deploy/images/from-debian.sh $(IMAGES) >data/images.new && mv data/images.new data/images
-	@echo 'made; their names, for make test-docker and compose: . data/images'
-
+.PHONY: compose-up compose-check
 compose-up: ## Start two racks with RabbitMQ, an object store and Prometheus in containers (deploy/README.md)
 	@deploy/compose/secrets.sh
 	@cd deploy && $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) up -d
 
 compose-check: .venv/.synced ## Go through all that compose.yaml promises: push, hints, alerts, restarts, a kill, down and up
 	@exec $(PYTHON) -m tests.compose
+
+# As root, with debootstrap and a Docker daemon; an image that the environment names gets that name.
+images: .venv/.synced ## Make the images of the services from Debian's packages, and data/images with their names
+	@mkdir -p data
+	@deploy/images/from-debian.sh $(IMAGES) >data/images.new && mv data/images.new data/images
+	@echo 'made; their names, for make test-docker and compose: . data/images'
 
 lint: .venv/.synced ## Check style, types and the direction of imports
 	@.venv/bin/ruff check

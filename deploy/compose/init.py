@@ -1,4 +1,4 @@
-"""Once before the other containers: makes the bucket, and writes what RabbitMQ loads at boot. Again does no harm."""
+"""Once before the other containers: makes the bucket, and writes what RabbitMQ loads at boot. It may be repeated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_bucket(bucket: str, endpoint_url: str) -> None:
 
 
 def write_definitions(racks: list[str]) -> None:
-    """The topology, and users with hashes of their passwords; replaced as a whole, for a broker may be reading it."""
+    """The topology and the users with hashes of their passwords; replaced as a whole, as a broker may be reading."""
     named = [argument for rack in racks for argument in ("--rack", rack)]
     command = ["model-manager", "topology", "definitions", *named, "--passwords", PASSWORDS]
     document = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout

@@ -113,10 +113,11 @@ class Container:
             self._container.get_wrapped_container().start()
         else:
             self._created = True
-            errors: tuple[type[Exception], ...] = (RuntimeError, *docker_errors())
             try:
                 self._container.start()
-            except errors as error:
+            except Exception as error:  # the client's own, those of the HTTP library below it, and of the wait
+                if not isinstance(error, (TimeoutError, RuntimeError, *docker_errors())):
+                    raise
                 raise NotStarted(f"a container of {self._container.image}: {error}") from error
 
     def stop(self) -> None:
