@@ -26,6 +26,14 @@ test: .venv/.synced ## Run all tests, against a real RabbitMQ and a real S3 stor
 test-docker: .venv/.synced ## Run the tests that need services against containers (names of images: see `images`)
 	@LOCAL_SERVICES=docker exec $(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m 'broker or s3 or docker' $(TESTS)
 
+.PHONY: compose-up compose-check
+compose-up: ## Start two racks with RabbitMQ, an object store and Prometheus in containers (deploy/README.md)
+	@deploy/compose/secrets.sh
+	@cd deploy && $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) up -d
+
+compose-check: .venv/.synced ## Go through all that compose.yaml promises: push, hints, alerts, restarts, a kill, down and up
+	@exec $(PYTHON) -m tests.compose
+
 # As root, with debootstrap and a Docker daemon; an image that the environment names gets that name.
 images: .venv/.synced ## Make the images of the services from Debian's packages, and data/images with their names
 	@mkdir -p data

@@ -1,0 +1,1 @@
+"""deploy/compose.yaml on a Docker daemon, as an operator meets it; `python -m tests.compose` runs it."""
