@@ -103,7 +103,8 @@ def server(
     folder = folder.resolve()
     env = environment(folder, node, ports)
     (folder / "home").mkdir(parents=True, exist_ok=True)
-    (folder / "enabled_plugins").write_text("[].\n")
+    if not (folder / "enabled_plugins").exists():
+        (folder / "enabled_plugins").write_text("[].\n")
     (folder / "rabbitmq.conf").touch()
     broker = Process([str(programs.server)], env=env, folder=folder, log=folder / "log" / "rabbitmq.log", stop_s=STOP_S)
 
