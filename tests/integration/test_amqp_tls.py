@@ -26,9 +26,13 @@ from worker.client.hints import hints
 from worker.transport import link, topology
 from worker.transport.amqp import AmqpTransport
 from worker.transport.connections import LinkLostError, close_connection, open_connection
+from worker.transport.definitions import VHOST
 from worker.transport.link import Broker
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+
+# The broker's alert says so; but it resets the connection behind it, which may overtake the alert.
+WITHOUT_CERTIFICATE = r"certificate required|does it ask for a client certificate\?"
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +82,10 @@ async def test_a_worker_and_its_callers_log_in_with_certificates(
     try:
         service = processes.start("worker", settings=settings)
         await asyncio.to_thread(service.until_ready)
-        listener = with_tls(broker.tls_url(f"listener:{broker.passwords['listener']}"), ca_file=authority.certificate)
         async with ModelManagerClient(AmqpCaller(url, "rack-1"), timeout_s=20) as client:
             await client.store_model("acme/tls", {"type": "custom"}, model_data="AAEC")
             assert (await client.get_model("acme/tls"))["modelData"] == "AAEC"
             found = await connections(broker)
-            with pytest.raises(Unreachable, match="TLS"):  # a password does not do without a certificate
-                await hints(listener, "rack-2").__aenter__()
         assert {(one["user"], one["auth_mechanism"], one["ssl"]) for one in found} == {
             ("worker-rack-1", "EXTERNAL", True),
             ("orchestrator", "EXTERNAL", True),
@@ -127,13 +128,11 @@ async def test_a_broker_of_another_name_is_not_trusted(
 
 async def test_without_a_certificate_nobody_gets_in(broker: SecuredBroker, authority: Authority) -> None:
     login = f"inference:{broker.passwords['inference']}"
-    with pytest.raises(LinkLostError, match=r"TLS with the broker failed: .*certificate required"):
-        try:
-            await open_connection(trusting(broker.tls_url(login), authority), "test")
-        except Exception as e:
-            x=e
-            while x: print("CHAIN", repr(x)); x=x.__cause__ or x.__context__
-            raise
+    url = trusting(broker.tls_url(login), authority)
+    with pytest.raises(LinkLostError, match=WITHOUT_CERTIFICATE):
+        await open_connection(url, "test")
+    with pytest.raises(Unreachable, match=WITHOUT_CERTIFICATE):
+        await hints(url, "rack-2").__aenter__()
 
 
 async def test_a_certificate_for_nobody_we_know_is_no_login(broker: SecuredBroker, authority: Authority) -> None:
@@ -232,10 +231,15 @@ async def test_a_new_certificate_is_used_without_a_restart_and_without_a_request
     unwanted = {"requeued", "ack_lost", "reconnected", "reply_unroutable"}
     assert not unwanted & served.observer.counts.keys()
     assert served.caller.late_replies == 0
-    queued = await asyncio.to_thread(
-        broker.server.ctl, "list_queues", "-p", "model-manager", "name", "messages", "--formatter", "json"
-    )
-    assert {one["name"]: one["messages"] for one in json.loads(queued)}[topology.request_queue("rack-1")] == 0
+    async with asyncio.timeout(20):
+        while await left_in_queue(broker):  # the broker counts now and then
+            pass
+
+
+async def left_in_queue(broker: SecuredBroker) -> int:
+    columns = ("-p", VHOST, "name", "messages")
+    text = await asyncio.to_thread(broker.server.ctl, "list_queues", *columns, "--formatter", "json")
+    return int({one["name"]: one["messages"] for one in json.loads(text)}[topology.request_queue("rack-1")])
 
 
 async def test_a_certificate_that_does_not_work_changes_nothing_until_it_does(
