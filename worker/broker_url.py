@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ssl
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from yarl import URL
@@ -70,16 +71,33 @@ def unusable_tls(
 
 def tls_failure(error: BaseException) -> str | None:
     """Why TLS with the broker failed, if that is what `error` comes from; in words that hold no path."""
-    seen: BaseException | None = error
-    for _ in range(_LONGEST_CHAIN):  # the chain of one that was raised again may be a ring
+    for seen in _causes(error):
         if isinstance(seen, ssl.SSLCertVerificationError):
             return f"the broker's certificate is not trusted: {seen.verify_message}"
         if isinstance(seen, ssl.SSLError) and seen.reason:
             return f"TLS with the broker failed: {seen.reason.lower().replace('_', ' ')}"
         if isinstance(seen, FileNotFoundError | PermissionError):
             return "a file for TLS with the broker cannot be read"
-        seen = None if seen is None else seen.__cause__
     return None
+
+
+def connect_failure(url: str, error: BaseException) -> str | None:
+    """`tls_failure`, and a guess where the broker gave no reason."""
+    if failure := tls_failure(error):
+        return failure
+    if URL(url).scheme == "amqps" and any(isinstance(cause, ConnectionResetError) for cause in _causes(error)):
+        return "the broker ended the connection during TLS; does it ask for a client certificate?"
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from. The chain of one that was raised again may be a ring."""
+    cause: BaseException | None = error
+    for _ in range(_LONGEST_CHAIN):
+        if cause is None:
+            return
+        yield cause
+        cause = cause.__cause__
 
 
 def _no_password() -> str:

@@ -30,7 +30,7 @@ from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
 from schemas.rpc import METHODS
 from schemas.wire import MAX_BODY_BYTES, dump, parse_object
-from worker.broker_url import login_of, tls_failure
+from worker.broker_url import connect_failure, login_of
 from worker.client.caller import Unreachable, error_of, no_answer, until_answered
 
 RPC_EXCHANGE = "model-manager.rpc"
@@ -265,7 +265,7 @@ class AmqpCaller:
         except ValueError:
             raise ModelManagerError("ERR_INVALID_REQUEST", "The broker's address is not an AMQP URL.") from None
         except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
-            reason = tls_failure(error) or "the broker cannot be reached"
+            reason = connect_failure(self._url, error) or "the broker cannot be reached"
             raise Unreachable(f"{reason[0].upper()}{reason[1:]}.", passing=self._reached) from None
         try:
             async with asyncio.timeout(_CONNECT_S):

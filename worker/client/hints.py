@@ -17,7 +17,7 @@ from schemas.errors import ModelManagerError
 from schemas.hints import Hint
 from schemas.ids import new_ulid
 from schemas.wire import parse_object
-from worker.broker_url import tls_failure
+from worker.broker_url import connect_failure
 from worker.client.caller import Unreachable
 
 HINTS_EXCHANGE = "model-manager.hints"
@@ -51,7 +51,7 @@ async def hints(url: str, listener: str) -> AsyncIterator[AsyncIterator[Hint]]:
 
     connection = await _connected(url)
     try:
-        with _refusals():
+        with _refusals(url):
             channel = await connection.channel()
             connection.close_callbacks.add(lost)
             channel.close_callbacks.add(lost)
@@ -65,13 +65,13 @@ async def hints(url: str, listener: str) -> AsyncIterator[AsyncIterator[Hint]]:
 
 
 async def _connected(url: str) -> AbstractConnection:
-    with _refusals():
+    with _refusals(url):
         async with asyncio.timeout(_CONNECT_S):
             return await aio_pika.connect(url, heartbeat=_HEARTBEAT_S)
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _refusals(url: str) -> Iterator[None]:
     try:
         yield
     except (AuthenticationError, ProbableAuthenticationError):
@@ -79,7 +79,7 @@ def _refusals() -> Iterator[None]:
     except ChannelAccessRefused:
         raise ModelManagerError("ERR_FORBIDDEN", "The broker does not allow this login to do that.") from None
     except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
-        reason = tls_failure(error) or "the broker cannot be reached"
+        reason = connect_failure(url, error) or "the broker cannot be reached"
         raise Unreachable(f"{reason[0].upper()}{reason[1:]}.") from None
 
 

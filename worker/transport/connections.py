@@ -20,7 +20,7 @@ from aiormq.connection import Connection, TransportFactory
 from aiormq.exceptions import AMQPError, AuthenticationError, DeliveryError, ProbableAuthenticationError
 from yarl import URL
 
-from worker.broker_url import tls_failure
+from worker.broker_url import connect_failure
 from worker.transport import amqp_decoding
 from worker.transport.frame_tap import FrameTap
 
@@ -59,8 +59,6 @@ def reason_of(error: BaseException) -> str:
     """Why a connection failed, in words that hold no address and no credentials."""
     if isinstance(error, AuthenticationError | ProbableAuthenticationError):
         return "the broker refused the login"
-    if failure := tls_failure(error):
-        return failure
     if isinstance(error, LinkLostError):
         return str(error)
     if isinstance(error, OSError | TimeoutError | aiormq.AMQPConnectionError) and not _has_reply_text(error):
@@ -127,11 +125,14 @@ class _TappedTransport(TransportFactory):
 async def open_connection(url: str, name: str) -> BrokerConnection:
     """A connection shown as `name` at the broker; LinkLostError when there is none within `CONNECT_TIMEOUT_S`."""
     amqp_decoding.install()
-    with link_failures():
-        connection = BrokerConnection(URL(url).update_query(heartbeat=str(HEARTBEAT_S), name=name))
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await connection.connect()
-        return connection
+    try:
+        with link_failures():
+            connection = BrokerConnection(URL(url).update_query(heartbeat=str(HEARTBEAT_S), name=name))
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await connection.connect()
+            return connection
+    except LinkLostError as error:
+        raise LinkLostError(connect_failure(url, error) or str(error)) from error.__cause__
 
 
 async def open_channel(connection: AbstractConnection, *, confirms: bool) -> Channel:
