@@ -1,4 +1,4 @@
-"""A reply goes out before its acknowledgement, or neither does: on a real broker, when connections end just then."""
+"""A reply goes out before its acknowledgement, or neither does: a real broker, and connections that end just then."""
 
 from __future__ import annotations
 

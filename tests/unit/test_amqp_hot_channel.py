@@ -20,7 +20,9 @@ from pamqp.header import ContentHeader
 from worker.transport import hot_channel
 from worker.transport.amqp_codec import BadFrameError, FrameSplitter, frame
 from worker.transport.amqp_decoding import install
+from worker.transport.amqp_observer import SilentObserver
 from worker.transport.connections import LinkLostError
+from worker.transport.deliveries import Delivery
 from worker.transport.frame_tap import FrameTap
 from worker.transport.hot_channel import HotChannel, Message
 
@@ -192,6 +194,23 @@ async def test_a_tap_knows_whether_all_that_was_sent_was_written() -> None:
     opened.channel.reply("q", b"{}", correlation_id="c", headers=None, mandatory=False)
     opened.tap.connection_lost(None)
     assert opened.tap.dropped
+
+
+async def test_what_failed_is_rejected_so_that_every_broker_counts_it_and_what_was_not_begun_is_not() -> None:
+    opened = await Opened().open()
+    for tag in (1, 2, 3):
+        opened.deliver(tag)
+    failed, not_begun, done = (Delivery(message, SilentObserver()) for message in opened.delivered)
+    done.ack()
+    not_begun.requeue()
+    failed.fail()
+    rejected: Any
+    nacked: Any
+    acked: Any
+    nacked, rejected, acked = opened.written()
+    assert (nacked.name, nacked.delivery_tag, nacked.requeue) == ("Basic.Nack", 2, True)
+    assert (rejected.name, rejected.delivery_tag, rejected.requeue) == ("Basic.Reject", 1, True)
+    assert (acked.delivery_tag, acked.multiple) == (3, False)
 
 
 async def test_closing_comes_behind_the_acknowledgements() -> None:

@@ -185,7 +185,7 @@ class AmqpTransport:
             delivery.requeue()
         except Exception:
             log.exception("A delivery could not be served")
-            delivery.requeue()
+            delivery.fail()
 
     async def _hold(self) -> None:
         """Wait, in a way that draining ends, until a reply could be published."""

@@ -39,20 +39,32 @@ class LinkLostError(Exception):
 def link_failures() -> Iterator[None]:
     """Turn whatever aiormq raises for a lost channel into LinkLostError.
 
-    That includes a CancelledError which nobody sent: aiormq ends the waiters of a closed channel with one. A message
-    that the broker returned or refused is no lost link: its DeliveryError passes.
+    That includes a CancelledError which nobody sent: aiormq ends the waiters of a closed channel with one. And one that
+    was sent comes out as such, though aiormq may have made another error of it, or nothing: `asyncio.wait_for` forgets
+    it when what it waits for is done in the same turn. A message that the broker returned or refused is no lost link:
+    its DeliveryError passes.
     """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+
+    def cancelled() -> bool:
+        return task is not None and task.cancelling() > before
+
     try:
         yield
     except DeliveryError:
         raise
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if task is None or cancelled():
             raise
         raise LinkLostError("the channel was closed") from None
     except (AMQPError, OSError, TimeoutError, RuntimeError) as error:
+        if cancelled():
+            raise asyncio.CancelledError from error
         raise LinkLostError(reason_of(error)) from error
+    else:
+        if cancelled():
+            raise asyncio.CancelledError
 
 
 def reason_of(error: BaseException) -> str:
@@ -128,8 +140,13 @@ async def open_connection(url: str, name: str) -> BrokerConnection:
     try:
         with link_failures():
             connection = BrokerConnection(URL(url).update_query(heartbeat=str(HEARTBEAT_S), name=name))
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await connection.connect()
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await connection.connect()
+            except asyncio.CancelledError:
+                if connection.is_opened:
+                    await close_connection(connection)
+                raise
             return connection
     except LinkLostError as error:
         raise LinkLostError(connect_failure(url, error) or str(error)) from error.__cause__

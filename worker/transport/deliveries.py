@@ -183,8 +183,13 @@ class Delivery:
         """Done with: the broker forgets it."""
         self._settle(lambda: self.message.channel.ack(self.message.delivery_tag))
 
+    def fail(self) -> None:
+        """It cannot be done, and it may be the request's fault: delivered again, until the limit of deliveries."""
+        self._observer.requeued()
+        self._settle(lambda: self.message.channel.fail(self.message.delivery_tag))
+
     def requeue(self) -> None:
-        """Not done here: the broker delivers it again, to whoever consumes."""
+        """Not done here, through no fault of its own: the broker delivers it again, to whoever consumes."""
         self._observer.requeued()
         self._settle(lambda: self.message.channel.nack(self.message.delivery_tag, requeue=True))
 

@@ -155,10 +155,20 @@ class HotChannel:
         self._acked.add(delivery_tag)
 
     def nack(self, delivery_tag: int, *, requeue: bool) -> None:
-        """Give back, or have it dead-lettered. LinkLostError: the broker delivers it again."""
+        """Give back what was not begun or was cut off, or have it dead-lettered. LinkLostError: it comes again."""
         self._check_open()
         self._unsettled.pop(delivery_tag, None)
         self._tap.send(codec.encode_nack(self._number, delivery_tag, requeue=requeue))
+
+    def fail(self, delivery_tag: int) -> None:
+        """Give back what could not be done. LinkLostError: the broker delivers it again.
+
+        RabbitMQ 4.3 counts this against the limit of deliveries, and a `nack` not: without it, a request that nobody
+        gets done would come for ever.
+        """
+        self._check_open()
+        self._unsettled.pop(delivery_tag, None)
+        self._tap.send(pamqp.frame.marshal(Basic.Reject(delivery_tag, requeue=True), self._number))
 
     def _write_acks(self) -> None:
         """One frame for the oldest unsettled messages as far as they are all acknowledged, and one for each other."""
