@@ -152,7 +152,7 @@ def test_a_worker_on_the_reader_s_policy_does_not_boot(
 ) -> None:
     environment = {"AWS_SHARED_CREDENTIALS_FILE": str(profiles), "AWS_PROFILE": "reader"}
     service = processes.start(settings=settings, environment=environment)
-    service.until(lambda: "AccessDenied" in service.log or "403" in str(service.checks().get("storage")), "refused")
+    service.until(lambda: "refuses this worker" in str(service.checks().get("storage")), "refused by the store")
     assert not service.ready
 
 
@@ -184,7 +184,6 @@ def test_a_worker_writes_its_own_rack_and_removes_nothing(bucket: str, client_as
         assert is_refused(lambda k=key: worker.create_multipart_upload(Bucket=bucket, Key=k))
     assert is_refused(lambda: worker.delete_bucket(Bucket=bucket))
     assert is_refused(lambda: worker.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17"})))
-    assert worker.list_buckets()["Buckets"] == [] or [b["Name"] for b in worker.list_buckets()["Buckets"]] == [bucket]
 
 
 def test_the_clean_up_removes_blobs_and_archive_of_its_rack_and_can_do_nothing_else(
