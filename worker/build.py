@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from botocore.exceptions import ProfileNotFound
+
 from worker.policy import Policy
-from worker.settings import Settings
+from worker.settings import Settings, SettingsError
 from worker.storage.blobstore import UNOBSERVED, BlobStore, StoreObserver
 from worker.storage.disk import DiskStore
 from worker.storage.retrying import RetryingStore
@@ -17,15 +19,21 @@ def build_store(settings: Settings, observe: StoreObserver = UNOBSERVED) -> Blob
     if settings.storage.backend == "disk":
         return RetryingStore(DiskStore(settings.storage.path, observe=observe), observe=observe)
     s3 = settings.storage.s3
-    store = S3Store(
-        endpoint_url=s3.endpoint_url,
-        bucket=s3.bucket or "",
-        prefix=settings.rack if s3.prefix is None else s3.prefix,
-        region=s3.region,
-        public_endpoint_url=s3.public_endpoint_url,
-        timeout_s=timeout,
-        observe=observe,
-    )
+    try:
+        store = S3Store(
+            endpoint_url=s3.endpoint_url,
+            bucket=s3.bucket or "",
+            prefix=settings.rack if s3.prefix is None else s3.prefix,
+            region=s3.region,
+            public_endpoint_url=s3.public_endpoint_url,
+            clean_up_profile=s3.clean_up_profile,
+            timeout_s=timeout,
+            observe=observe,
+        )
+    except ProfileNotFound:
+        raise SettingsError(
+            [f"storage.s3.cleanUpProfile: there is no profile {s3.clean_up_profile} in the AWS configuration"]
+        ) from None
     return RetryingStore(store, observe=observe)
 
 

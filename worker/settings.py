@@ -88,6 +88,7 @@ class S3Settings(_Section):
     prefix: str | None = None
     region: str | None = None
     public_endpoint_url: str | None = None
+    clean_up_profile: str | None = None
 
 
 class StorageSettings(_Section):

@@ -54,12 +54,18 @@ class S3Store:
         prefix: str,
         region: str | None = None,
         public_endpoint_url: str | None = None,
+        clean_up_profile: str | None = None,
         timeout_s: float = 30.0,
         observe: StoreObserver = UNOBSERVED,
     ) -> None:
         give_back_large_blocks()
         self._calls = S3Calls(
-            endpoint_url=endpoint_url, bucket=bucket, region=region, timeout_s=timeout_s, observe=observe
+            endpoint_url=endpoint_url,
+            bucket=bucket,
+            region=region,
+            clean_up_profile=clean_up_profile,
+            timeout_s=timeout_s,
+            observe=observe,
         )
         self._observe = observe
         self._parts = asyncio.Semaphore(PARTS_OF_ALL)
@@ -194,7 +200,7 @@ class S3Store:
     async def delete(self, key: str) -> None:
         with observed(self._calls.observe, "delete"), contextlib.suppress(BlobMissing):
             await self._calls.run(
-                lambda: self._calls.client.delete_object(Bucket=self._bucket, Key=self._prefix + key), key=key
+                lambda: self._calls.remover.delete_object(Bucket=self._bucket, Key=self._prefix + key), key=key
             )
 
     async def list(self, prefix: str) -> AsyncIterator[BlobStat]:

@@ -47,14 +47,26 @@ class PartRefused(Exception):
 
 
 class S3Calls:
-    """The client and the way to call it from the event loop."""
+    """The client and the way to call it from the event loop.
+
+    `remover` is what objects are removed with: the client itself, or one with the credentials of `clean_up_profile`.
+    """
 
     def __init__(
-        self, *, endpoint_url: str | None, bucket: str, region: str | None, timeout_s: float, observe: StoreObserver
+        self,
+        *,
+        endpoint_url: str | None,
+        bucket: str,
+        region: str | None,
+        clean_up_profile: str | None,
+        timeout_s: float,
+        observe: StoreObserver,
     ) -> None:
         self.bucket = bucket
         self.observe = observe
-        self.client = make_client(endpoint_url, region, timeout_s)
+        self.client = self.remover = make_client(endpoint_url, region, timeout_s)
+        if clean_up_profile is not None:
+            self.remover = make_client(endpoint_url, region, timeout_s, profile=clean_up_profile)
         self._threads = byte_threads("s3", THREADS)
         self._workers = byte_threads("sha256")
         self._left: set[asyncio.Task[None]] = set()
@@ -121,9 +133,13 @@ class S3Calls:
         for pool in (self._threads, self._workers):
             await asyncio.to_thread(pool.shutdown)
         self.client.close()
+        self.remover.close()
 
 
-def make_client(endpoint_url: str | None, region: str | None, timeout_s: float) -> S3Client:
+def make_client(
+    endpoint_url: str | None, region: str | None, timeout_s: float, *, profile: str | None = None
+) -> S3Client:
+    """A client with the credentials of the standard chain, or of a profile; ProfileNotFound if there is none."""
     config: dict[str, Any] = {
         "signature_version": "s3v4",  # a custom endpoint would else presign the old way
         "retries": {"total_max_attempts": 1, "mode": "standard"},
@@ -137,7 +153,7 @@ def make_client(endpoint_url: str | None, region: str | None, timeout_s: float) 
         "user_agent_extra": "wrk-model-manager",
     }
     # boto3's default session would keep, for the whole process, the keys that it saw first.
-    session = Session()
+    session = Session(profile=profile)
     session.register_component("data_loader", _MODELS)
     return boto3.Session(botocore_session=session).client(
         "s3", endpoint_url=endpoint_url, region_name=region or "us-east-1", config=Config(**config)

@@ -128,7 +128,7 @@ class StreamUpload:
         self._calls.client.abort_multipart_upload(Bucket=self._calls.bucket, Key=self._name, UploadId=self._id or "")
 
     def _delete(self) -> None:
-        self._calls.client.delete_object(Bucket=self._calls.bucket, Key=self._name)
+        self._calls.remover.delete_object(Bucket=self._calls.bucket, Key=self._name)
 
     async def _repeat(self, op: str, call: Callable[[], _T]) -> _T:
         async for attempt in attempts(op, self._calls.observe):
