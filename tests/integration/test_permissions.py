@@ -240,6 +240,29 @@ def test_a_worker_started_for_the_rack_of_another_gets_no_request(broker: Secure
     assert asyncio.run(_consumers(broker, topology.request_queue("rack-2"))) == 0
 
 
+def test_a_worker_takes_a_new_password_from_its_file_without_a_restart(broker: SecuredBroker, tmp_path: Path) -> None:
+    address = tmp_path / "address"
+    address.touch(0o600)
+    address.write_text(broker.url("worker-rack-2"))
+    settings = {"rack": "rack-2", "amqp.urlFile": str(address), "amqp.provision": False}
+    with Processes(tmp_path) as processes:
+        service = processes.start("worker", settings=settings).until_ready()
+        try:
+            broker.server.ctl("change_password", "worker-rack-2", "the-new-password")
+            address.write_text(broker.url("worker-rack-2", "a-wrong-password"))
+            service.until(lambda: "do not work" in service.log, "a warning, and the old connections stay in use")
+            assert service.ready
+            address.write_text(broker.url("worker-rack-2", "the-new-password"))
+            service.until(lambda: "use its new credentials" in service.log, "the new password is in use")
+            assert service.ready
+            service.until(
+                lambda: asyncio.run(_consumers(broker, "model-manager-rack-2")) == 1, "consuming on a new connection"
+            )
+            assert service.stop() == 0
+        finally:
+            broker.server.ctl("import_definitions", str(broker.definitions))
+
+
 async def _consumers(broker: SecuredBroker, queue: str) -> int | None:
     async with channel_of(broker, "operator") as channel:
         return (await channel.queue_declare(queue, passive=True)).consumer_count

@@ -46,6 +46,7 @@ class Consumer:
         self._paused = True
         self._proven = False
         self._cancelled = False
+        self._moving = False
         self._tag: str | None = None
         self._registered_prefetch = 0
         self._wake = asyncio.Event()
@@ -54,8 +55,8 @@ class Consumer:
 
     @property
     def consuming(self) -> bool:
-        """A consumer is registered at the broker."""
-        return self._tag is not None
+        """A consumer is registered at the broker, or on its way from one connection to the next."""
+        return self._tag is not None or self._moving
 
     def pause(self, paused: bool) -> None:
         """Take no work for now, or take it again."""
@@ -70,40 +71,46 @@ class Consumer:
 
     async def session(self, connection: BrokerConnection) -> None:
         """Consume on this connection until it is retired, or it or its channel is lost; then raise LinkLostError."""
-        await self._prepare(connection)
-        channel = HotChannel(
-            connection,
-            delivered=self._on_message,
-            cancelled=self._on_cancel,
-            lost=self._wake.set,
-            before_acks=self._before_acks,
-        )
-        await channel.open()
-        self._proven, self._cancelled = False, False
-        connection.on_retiring(self._wake.set)
+        retired = False
         try:
-            while True:
+            await self._prepare(connection)
+            channel = HotChannel(
+                connection,
+                delivered=self._on_message,
+                cancelled=self._on_cancel,
+                lost=self._wake.set,
+                before_acks=self._before_acks,
+            )
+            await channel.open()
+            self._proven, self._cancelled = False, False
+            connection.on_retiring(self._wake.set)
+            while not retired:
                 self._wake.clear()
-                await self._adjust(connection, channel)
-                if connection.retired:
-                    return
-                try:
-                    async with asyncio.timeout(WATCH_INTERVAL_S):
-                        await self._wake.wait()
-                except TimeoutError:
-                    await self._watch(connection)
+                retired = connection.retired
+                await self._adjust(connection, channel, end=retired)
+                if not retired:
+                    await self._wait(connection)
         finally:
             self._set_registered(None, 0)
+            self._moving = retired
 
-    async def _adjust(self, connection: BrokerConnection, channel: HotChannel) -> None:
-        """Bring the consumer at the broker to what is wanted now."""
+    async def _wait(self, connection: BrokerConnection) -> None:
+        """Return when something is to be adjusted; look after the consumer now and then."""
+        try:
+            async with asyncio.timeout(WATCH_INTERVAL_S):
+                await self._wake.wait()
+        except TimeoutError:
+            await self._watch(connection)
+
+    async def _adjust(self, connection: BrokerConnection, channel: HotChannel, *, end: bool) -> None:
+        """Bring the consumer at the broker to what is wanted now; with `end` it is none."""
         if channel.is_closed:
             raise LinkLostError("the consuming channel was closed")
         if self._cancelled:
             self._cancelled = False
             self._set_registered(None, 0)
             await self._prepare(connection)
-        wanted = 0 if connection.retired else self._wanted_prefetch()
+        wanted = 0 if end else self._wanted_prefetch()
         if wanted == self._registered_prefetch:
             return
         if self._tag is not None:
@@ -146,4 +153,5 @@ class Consumer:
         if tag is None:
             self._unregistered.set()
         else:
+            self._moving = False
             self._unregistered.clear()
