@@ -24,7 +24,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from tests.compose.stack import RACKS, SERVICES, Broken, Stack, docker, until
+from tests.compose.stack import DEPLOY, RACKS, SERVICES, Broken, Stack, docker, until
 
 MODEL = "acme/minilm"
 FILE = "model.safetensors"
@@ -113,6 +113,16 @@ class Check:
         models = ", ".join(f"{each['metric']['instance']} {each['value'][1]}" for each in known)
         self.say(f"Prometheus: all targets up, no alert firing; models: {models}")
 
+    def dashboard_has_data(self) -> None:
+        """What the dashboard's panels ask for is there, for both racks together."""
+        panels = json.loads((DEPLOY / "grafana/model-manager.json").read_text())["panels"]
+        asked = {str(target["expr"]) for panel in panels for target in panel.get("targets", [])}
+        filled = {expr: expr.replace("$rack", ".+").replace("$__rate_interval", "1m") for expr in asked}
+        empty = [expr for expr, query in filled.items() if not self.stack.prometheus("query", query=query)["result"]]
+        if len(empty) > len(asked) / 4:
+            raise Broken(f"the dashboard would be empty: {empty}")
+        self.say(f"the dashboard: {len(asked) - len(empty)} of {len(asked)} queries have data; not: {empty}")
+
     def restarts(self) -> None:
         began = time.time()
         for service in SERVICES:
@@ -198,6 +208,7 @@ def main() -> int:
             check.survives_a_kill()
             check.down_and_up()
             check.is_watched()
+            check.dashboard_has_data()
         except Broken as broken:
             check.say(f"BROKEN: {broken}")
             return 1
