@@ -22,7 +22,7 @@ from tests.amqp import delete_queues
 from tests.process import Processes, Service, environment_of, free_port
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "deploy/README.md").read_text().partition("## The operations guide")[2]
+GUIDE = (ROOT / "deploy/README.md").read_text().partition("## The operations guide")[2].partition("\n## ")[0]
 STEP = re.compile(r"```sh\n(.*?)```|\b(Stop|Start) the worker\.", re.DOTALL)
 MODELS = ("minilm", "other")
 
