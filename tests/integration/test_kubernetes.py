@@ -247,16 +247,34 @@ def test_whatever_a_pod_mounts_is_made_with_it_but_for_its_secret(rack: str) -> 
     assert volumes["credentials"]["secret"]["secretName"] == f"model-manager-{rack}"
 
 
-@with_kustomize
-def test_models_can_lie_on_a_disk(copy: Path) -> None:
+def with_component(name: str, copy: Path) -> Any:
+    """The specification of a rack's StatefulSet with a component in its overlay, and its container."""
     overlay = copy / "overlays/rack-1"
     with (overlay / "kustomization.yaml").open("a") as file:
-        file.write("components: [../../components/disk]\n")
+        file.write(f"components: [../../components/{name}]\n")
     status, said = conforms(overlay)
     assert status == 0, said
     [stateful_set] = built(overlay)["StatefulSet"]
-    [container] = stateful_set["spec"]["template"]["spec"]["containers"]
-    claims = [claim["metadata"]["name"] for claim in stateful_set["spec"]["volumeClaimTemplates"]]
+    return stateful_set["spec"]
+
+
+@with_kustomize
+def test_a_stopped_rack_has_its_volumes_and_settings_and_no_worker(copy: Path) -> None:
+    [container] = with_component("stopped", copy)["template"]["spec"]["containers"]
+    assert container["volumeMounts"] == WORKER["volumeMounts"]
+    assert container["env"] == WORKER["env"]
+    assert container["securityContext"] == WORKER["securityContext"]
+    assert not {"args", "startupProbe", "livenessProbe", "readinessProbe"} & set(container)
+    with subprocess.Popen(container["command"]) as process:
+        process.terminate()
+        assert process.wait(10) in (0, -15)
+
+
+@with_kustomize
+def test_models_can_lie_on_a_disk(copy: Path) -> None:
+    spec = with_component("disk", copy)
+    [container] = spec["template"]["spec"]["containers"]
+    claims = [claim["metadata"]["name"] for claim in spec["volumeClaimTemplates"]]
     assert claims == ["data", "models"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts["models"] == json.loads((copy / "base/common.json").read_text())["storage"]["path"]
