@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 
-import aio_pika
 from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AuthenticationError, ProbableAuthenticationError
 from aiormq.exceptions import ChannelAccessRefused
@@ -18,6 +17,7 @@ from schemas.hints import Hint
 from schemas.ids import new_ulid
 from schemas.wire import parse_object
 from worker.client.caller import Unreachable
+from worker.client.connecting import connect
 
 HINTS_EXCHANGE = "model-manager.hints"
 _HEARTBEAT_S = 10
@@ -66,7 +66,7 @@ async def hints(url: str, listener: str) -> AsyncIterator[AsyncIterator[Hint]]:
 async def _connected(url: str) -> AbstractConnection:
     with _refusals():
         async with asyncio.timeout(_CONNECT_S):
-            return await aio_pika.connect(url, heartbeat=_HEARTBEAT_S)
+            return await connect(url, heartbeat_s=_HEARTBEAT_S)
 
 
 @contextmanager
