@@ -10,8 +10,7 @@ from deploy.local import RabbitMQ
 from tests.ledger.faults import FAULTS, LONG
 from tests.ledger.lab import run, table
 
-# aiormq leaves behind what was under way on a connection that is lost while it is being made.
-pytestmark = [pytest.mark.broker, pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning")]
+pytestmark = pytest.mark.broker
 
 REQUESTS = 1500
 

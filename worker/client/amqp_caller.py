@@ -7,7 +7,6 @@ call makes a new one with a new reply queue. So an answer can neither be lost si
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from schemas.rpc import METHODS
 from schemas.wire import MAX_BODY_BYTES, dump, parse_object
 from worker.broker_url import connect_failure, login_of
 from worker.client.caller import Unreachable, error_of, no_answer, until_answered
+from worker.client.connecting import close, connect
 
 RPC_EXCHANGE = "model-manager.rpc"
 MAX_REPLY_BYTES = 16 * 1024**2
@@ -247,19 +247,14 @@ class AmqpCaller:
 
     def _leave(self, connection: AbstractConnection) -> None:
         """Close it as far as it still goes; no call waits for that, since the other end may be gone."""
-
-        async def close() -> None:
-            with contextlib.suppress(TimeoutError, *CONNECTION_EXCEPTIONS):
-                await asyncio.wait_for(connection.close(), _CLOSE_S)
-
-        task = asyncio.create_task(close())
+        task = asyncio.create_task(close(connection, within_s=_CLOSE_S))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
 
     async def _open(self) -> _Link:
         try:
             async with asyncio.timeout(_CONNECT_S):
-                connection = await aio_pika.connect(self._url, heartbeat=_HEARTBEAT_S)
+                connection = await connect(self._url, heartbeat_s=_HEARTBEAT_S)
         except (AuthenticationError, ProbableAuthenticationError):
             raise ModelManagerError("ERR_UNAUTHORIZED", "The broker refuses the login.") from None
         except ValueError:

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 
-import aio_pika
 from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AuthenticationError, ProbableAuthenticationError
 from aiormq.exceptions import ChannelAccessRefused
@@ -19,6 +18,7 @@ from schemas.ids import new_ulid
 from schemas.wire import parse_object
 from worker.broker_url import connect_failure
 from worker.client.caller import Unreachable
+from worker.client.connecting import connect
 
 HINTS_EXCHANGE = "model-manager.hints"
 _HEARTBEAT_S = 10
@@ -67,7 +67,7 @@ async def hints(url: str, listener: str) -> AsyncIterator[AsyncIterator[Hint]]:
 async def _connected(url: str) -> AbstractConnection:
     with _refusals(url):
         async with asyncio.timeout(_CONNECT_S):
-            return await aio_pika.connect(url, heartbeat=_HEARTBEAT_S)
+            return await connect(url, heartbeat_s=_HEARTBEAT_S)
 
 
 @contextmanager
