@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from deploy.local import RabbitMQ
-from tests.amqp import CountingObserver, EffectDispatcher, eventually
+from tests.amqp import CountingObserver, EffectDispatcher, calling, eventually
 from tests.certificates import Authority, Identity
 from tests.process import Processes
 from tests.secured_broker import SecuredBroker, secured_broker
@@ -212,8 +212,8 @@ async def test_a_new_certificate_is_used_without_a_restart_and_without_a_request
     broker: SecuredBroker, authority: Authority, worker: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "LINGER_LEAST_S", 3.0)
-    async with serving(broker, authority, worker) as served:
-        begun = asyncio.create_task(served.caller.call("slow", {}, timeout_s=60, idempotency_key="begun before"))
+    async with serving(broker, authority, worker) as served, calling(broker.url("orchestrator"), "rack-1") as patient:
+        await patient.publish("slow", message_id="begun before")  # by a caller that does not send it again
         await eventually(lambda: served.dispatcher.started["slow"] == 1, "the slow request to begin")
         assert await organisations(broker) == ["first", "first"]
         authority.issue("/O=second/CN=worker-rack-1", "worker")
@@ -221,7 +221,8 @@ async def test_a_new_certificate_is_used_without_a_restart_and_without_a_request
         await served.until_answered(100)
         assert served.transport.status.connected
         served.dispatcher.released.set()
-        assert (await begun)["effects"] == 1
+        await eventually(lambda: patient.replies, "the reply to what was begun before")
+        assert patient.replies[0].body["effects"] == 1
         await until_organisations(broker, "second", "second")
         await served.until_answered(100)
     assert {reply["effects"] for reply in served.replies} == {1}
