@@ -13,7 +13,7 @@ from aiormq.exceptions import ChannelPreconditionFailed
 from pamqp.commands import Basic
 
 from deploy.local import RabbitMQ
-from tests.amqp import Served, calling, delete_queues, eventually, serving
+from tests.amqp import Caller, Served, calling, delete_queues, eventually, serving
 from tests.ledger.proxy import Proxy
 from worker.context import Context
 from worker.transport import consuming, topology
@@ -114,21 +114,20 @@ async def test_a_consumer_that_the_broker_forgot_is_found_and_registered_again(
     monkeypatch.setattr(consuming, "WATCH_INTERVAL_S", 0.1)
     async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
         assert (await caller.call("echo")).body["success"]
-        await forget_the_consumer(served)
+        await forget_the_consumer(served, caller)
         assert (await caller.call("echo")).body["success"]
         assert served.observer.counts["reconnected"] == 1
         assert await caller.consumers() == 1
 
 
-async def forget_the_consumer(served: Served) -> None:
+async def forget_the_consumer(served: Served, caller: Caller) -> None:
     """As far as the broker knows there is none now; the worker believes that it consumes."""
     consumer: Any = served.transport._consumer
     taken: list[Any] = []
     deliver = consumer._deliver
     consumer._deliver = lambda message: (taken.append(message.channel), deliver(message))
     await eventually(lambda: consumer._registered_prefetch == 64)
-    async with calling(served.transport._links["consume"]._url, served.transport._rack) as caller:
-        assert (await caller.call("echo")).body["success"]
+    assert (await caller.call("echo")).body["success"]
     (channel,) = taken
     channel._tap.send(pamqp.frame.marshal(Basic.Cancel(consumer._tag, nowait=True), channel._number))
 

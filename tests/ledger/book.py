@@ -38,9 +38,9 @@ class Asked:
     reply: dict[str, Any] = field(default_factory=dict)
 
 
-def key_trace(key: str) -> str:
-    """Where the journal names a request that had this idempotency key, from a caller without a user id."""
-    return hashlib.sha256(f"\0{key}".encode()).hexdigest()[:32]
+def key_trace(user: str, key: str) -> str:
+    """Where the journal names a request of this user that had this idempotency key."""
+    return hashlib.sha256(f"{user}\0{key}".encode()).hexdigest()[:32]
 
 
 def content_trace(op: str, record: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from pamqp.header import ContentHeader
 from schemas.errors import ModelManagerError
 from schemas.wire import dump, parse_object
 from tests.ledger.book import Asked, Ledger, key_trace
+from worker.broker_url import login_of
 from worker.client.amqp_caller import RPC_EXCHANGE, AmqpCaller
 from worker.client.client import ModelManagerClient
 
@@ -36,6 +37,7 @@ class OwnClient:
 
     def __init__(self, name: str, url: str, rack: str, ledger: Ledger, seed: int) -> None:
         self.name = name
+        self._user = login_of(url) or ""
         self._caller = AmqpCaller(url, rack)
         self._patient = ModelManagerClient(self._caller, timeout_s=PATIENT_S)
         self._hurried = ModelManagerClient(self._caller, timeout_s=HURRIED_S)
@@ -149,7 +151,7 @@ class OwnClient:
 
     async def _effect(self, method: str, **params: Any) -> dict[str, Any] | None:
         key = f"{self.name}-{self._number}"
-        asked = self._ledger.ask(self.name, method, key_trace(key), effect=True)
+        asked = self._ledger.ask(self.name, method, key_trace(self._user, key), effect=True)
         return await self._call(asked, params, key)
 
     async def _ask(self, method: str, **params: Any) -> dict[str, Any] | None:

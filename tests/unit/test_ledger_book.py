@@ -11,7 +11,7 @@ from worker.journal import Entry
 
 
 def entry(sequence: int, op: str, key: str, **record: Any) -> Entry:
-    return Entry(sequence, 0, op, {"model": "net", "idem": {"key": key_trace(key), "hash": ""}, **record})
+    return Entry(sequence, 0, op, {"model": "net", "idem": {"key": key_trace("guest", key), "hash": ""}, **record})
 
 
 def stored(sequence: int, key: str, version: str = "1") -> Entry:
@@ -23,7 +23,7 @@ def updated(sequence: int, key: str, revision: int) -> Entry:
 
 
 def asked(ledger: Ledger, key: str, outcome: str = "ok", **reply: Any) -> Asked:
-    request = ledger.ask("me", "method", key_trace(key), effect=True)
+    request = ledger.ask("me", "method", key_trace("guest", key), effect=True)
     ledger.settle(request, outcome, open_=outcome == "lost", reply={"modelId": "net", **reply})
     return request
 
