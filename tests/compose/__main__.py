@@ -130,7 +130,7 @@ class Check:
             self.stack.until_healthy()
             self.all_is_there()
             self.say(f"restarted {service}: all {len(self.stored)} models are there")
-        seen = self.stack.prometheus("query", query="up == 1", time=f"{began:.0f}")["result"]
+        seen = self.stack.prometheus("query", query="up == 1", time=f"{began:.3f}")["result"]
         if len(seen) < len(SERVICES):
             raise Broken(f"Prometheus forgot what it knew before its restart: {seen}")
 
