@@ -207,8 +207,12 @@ def active_segment(registry: Path) -> Path:
     return max(registry.glob("seg-*.jsonl"))
 
 
+# Settings and credentials: a process gets those that its test gives it.
+_OURS = ("MODEL_MANAGER_", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+
+
 def nobodys_environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MODEL_MANAGER_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
     return {**kept, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
 
 

@@ -30,7 +30,6 @@ async def chunks(data: bytes) -> AsyncIterator[bytes]:
 
 
 def s3_store(store: ObjectStore, bucket: str) -> RetryingStore:
-    os.environ.update(AWS_ACCESS_KEY_ID=store.access_key, AWS_SECRET_ACCESS_KEY=store.secret_key)
     return RetryingStore(S3Store(endpoint_url=store.endpoint_url, bucket=bucket, prefix="rack-1"))
 
 
@@ -42,7 +41,11 @@ async def disk(tmp_path: Path) -> AsyncIterator[LocalRack]:
 
 
 @pytest.fixture
-async def s3(tmp_path: Path, object_store: ObjectStore, s3_bucket: str) -> AsyncIterator[LocalRack]:
+async def s3(
+    tmp_path: Path, object_store: ObjectStore, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[LocalRack]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", object_store.secret_key)
     rack = LocalRack(tmp_path / "s3", store=s3_store(object_store, s3_bucket)).open()
     yield rack
     await rack.close()
