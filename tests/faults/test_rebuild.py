@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,17 +11,18 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from deploy.local import ObjectStore
 from schemas.errors import EXIT_CONFIG_INVALID
+from tests.benchmarks.records import store_record
 from tests.process import Processes, Service, environment_of, s3_environment, wait_until
-
-if TYPE_CHECKING:
-    pass
+from worker.registry import Change, Registry
+from worker.upkeep.rebuild import without_bytes
 
 NOTICED_WITHIN_S = 20.0
 PERIOD_S = 0.5
@@ -243,3 +245,22 @@ def test_a_rebuild_over_a_registry_with_records_is_refused(processes: Processes)
     assert "--yes" in errors
     status, _, errors = rack.command(processes.folder, "rebuild", "--yes", "--to-time", "yesterday")
     assert status == 2
+
+
+async def test_versions_whose_records_are_not_in_memory_are_compared_too(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    registry.open()
+    registry.start()
+    for number in range(3):
+        await registry.transact("net", partial(Change, "store", store_record(number)))
+    await registry.close()
+
+    again = Registry(tmp_path)
+    again.open()
+    for file in tmp_path.glob("*.jsonl"):
+        with file.open("rb") as segment:
+            os.posix_fadvise(segment.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        assert len(without_bytes(again.catalog, {}, lambda *_: None)) == 3
+    finally:
+        await again.close()

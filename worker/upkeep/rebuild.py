@@ -282,16 +282,19 @@ async def _compare(registry: Registry, store: BlobStore, progress: Report) -> _C
     sizes: dict[str, int] = {}
     async for stat in store.list("blobs/"):
         sizes[stat.key] = stat.size
-    missing = await asyncio.to_thread(_without_bytes, registry.catalog, sizes, progress)
+    missing = await asyncio.to_thread(without_bytes, registry.catalog, sizes, progress)
     unknown = [size for key, size in sizes.items() if not registry.wanted(key)]
     return _Compared(missing, len(unknown), sum(unknown))
 
 
-def _without_bytes(catalog: Catalog, sizes: dict[str, int], progress: Report) -> list[tuple[str, str]]:
+def without_bytes(catalog: Catalog, sizes: dict[str, int], progress: Report) -> list[tuple[str, str]]:
+    """The versions with a file that is not in the storage, whose `sizes` are by key. Blocks: it reads every record."""
     table, missing = catalog.table, []
     rows = len(table.model)
     for row in range(rows):
-        if catalog.has_row(row) and any(sizes.get(file["key"]) != file["size"] for file in catalog.files_of(row)):
+        if catalog.has_row(row) and any(
+            sizes.get(file["key"]) != file["size"] for file in catalog.entry(row, wait=True).files
+        ):
             missing.append((table.model[row], table.version[row]))
         if row % 1024 == 0 or row == rows - 1:
             progress("versions", row + 1, rows)
