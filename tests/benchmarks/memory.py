@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -100,6 +101,7 @@ def _measure_backend(bench: Bench, table: Table, backend: str, *stores: tuple[in
             _add(table, f"control, {what}", control, size=sum(sizes))
             for way, work in (("HTTP PUT", _send), ("upload", _push)):
                 _add(table, f"{way}, {what}", during(work, sizes), size=sum(sizes), control=control)
+    shutil.rmtree(bench.services.folder / rack)  # the disk need not hold the models of both backends
 
 
 def _add(table: Table, what: str, seen: Seen, *, size: int | None = None, control: Seen | None = None) -> None:
@@ -159,7 +161,8 @@ def _peak(worker: Worker) -> int:
 
 def _put_nicely(source: Source) -> None:
     async def work(store: BlobStore) -> None:
-        await asyncio.gather(*(put(store, path) for path in source.paths))
+        for blob in await asyncio.gather(*(put(store, path) for path in source.paths)):
+            await store.delete(blob.key)
         await store.close()
 
     os.nice(_NICENESS)
