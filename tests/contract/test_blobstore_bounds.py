@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from deploy.local import ObjectStore
 from schemas.errors import ModelManagerError
 from tests.stores import INFO, MIB, DiskPlace, Place, S3Place, chunked, content, read, sha256, zeros
+from worker.storage import disk
 from worker.storage.s3_layout import PART_BYTES_MIN
 
 
@@ -133,3 +135,17 @@ async def worst_delay(place: Place) -> float:
     await store.close()
     watching.cancel()
     return worst
+
+
+async def test_a_document_is_not_waited_for_without_end_when_its_writer_is_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_LOCK_S", 0.1)
+    store = disk.DiskStore(tmp_path)
+    with (tmp_path / ".documents.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ModelManagerError) as caught:
+            await store.put_document("owner.json", b"{}", etag=None)
+    assert caught.value.code == "ERR_STORAGE_UNAVAILABLE"
+    assert (await store.put_document("owner.json", b"{}", etag=None)).data == b"{}"
+    await store.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import fcntl
 import json
 import signal
 import subprocess
@@ -96,6 +97,13 @@ def rebuild(folder: Path, settings: dict[str, object]) -> float:
     return (folder / "data/models/owner.json").stat().st_mtime
 
 
+def freeze(service: Service, storage: Path) -> None:
+    """Stop it while it writes no document: the storage would not change hands before that is over."""
+    with (storage / ".documents.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        service.signal(signal.SIGSTOP)
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["alive", "frozen meanwhile"])
 async def test_a_queue_worker_that_is_taken_over_stops_and_has_acknowledged_nothing_that_is_lost(
     processes: Processes, amqp_url: str, rack: str, frozen: bool
@@ -108,7 +116,7 @@ async def test_a_queue_worker_that_is_taken_over_stops_and_has_acknowledged_noth
     await load.until(BEFORE)
     await asyncio.sleep(3 * PERIOD_S)  # for more than the archive's lag
     if frozen:
-        first.signal(signal.SIGSTOP)
+        freeze(first, processes.folder / "data/models")
     stopped = time.time()
     taken = await asyncio.to_thread(rebuild, processes.folder, elsewhere)
     if frozen:

@@ -13,10 +13,11 @@ import fcntl
 import hashlib
 import os
 import stat
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TextIO, TypeVar
 
 from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
@@ -41,6 +42,8 @@ _T = TypeVar("_T")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _BLOCK_BYTES = 1024 * 1024
 _HASH_BLOCK_BYTES = 4 * 1024 * 1024
+_LOCK_S = 5.0
+_LOCK_POLL_S = 0.02
 
 
 class DiskStore:
@@ -234,7 +237,7 @@ class DiskStore:
             path = self._document_path(name)
             make_folder(path.parent)
             with (self._root / ".documents.lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # the whole look-and-write is one step
+                _take(lock)  # the whole look-and-write is one step
                 current = _document(path.read_bytes()).etag if path.exists() else None
                 if current != etag:
                     raise ModelManagerError("ERR_CONFLICT", f"{name} is not as expected.")
@@ -273,6 +276,19 @@ def _translating(work: Callable[[], _T]) -> _T:
         return work()
     except OSError as error:
         raise _translated(error) from error
+
+
+def _take(lock: TextIO) -> None:
+    """Not for ever: who holds it may be frozen, and nothing can be taken from it while it may go on."""
+    give_up = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                text = "Another process is writing to this storage and does not end; if it hangs, end it."
+                raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", text) from None
+        time.sleep(_LOCK_POLL_S)
 
 
 def _document(data: bytes) -> Document:
