@@ -101,11 +101,12 @@ def test_prometheus_with_the_shipped_configuration_sees_the_worker_up(service: S
 
 
 def dashboard() -> set[str]:
-    """What the dashboard asks for that there is after two scrapes of a worker without a broker."""
+    """What the dashboard asks for that there is after two scrapes of a worker without a broker: the series of what has
+    not happened yet too, which some panels leave out."""
     board = json.loads((SHIPPED.parents[1] / "grafana/model-manager.json").read_text())
     asked = {target["expr"] for panel in board["panels"] for target in panel.get("targets", [])}
     return {
-        each.replace("$rack", ".*").replace("$__rate_interval", "5s")
+        each.removesuffix(" > 0").replace("$rack", ".*").replace("$__rate_interval", "5s")
         for each in asked
         if "histogram_quantile" not in each and "errors_total" not in each
     }
