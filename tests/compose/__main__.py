@@ -25,7 +25,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tests.compose.stack import DEPLOY, RACKS, SERVICES, Broken, Stack, docker, until
+from tests.store_users import trespasses
 
+BUCKET = "models"
 MODEL = "acme/minilm"
 FILE = "model.safetensors"
 USER = "10001:10001"
@@ -60,6 +62,16 @@ class Check:
             if "CapEff:\t0000000000000000" not in status or "NoNewPrivs:\t1" not in status:
                 raise Broken(f"{rack} has rights: {status}")
         self.say(f"both racks run as {USER} on a read-only root, without capabilities and new privileges")
+
+    def has_no_secrets_but_its_own(self) -> None:
+        """What a rack could give away is its own: no other login, and keys that do in the store what they are for."""
+        for rack, other in zip(RACKS, reversed(RACKS), strict=True):
+            found = set(docker("exec", self.stack.container(rack), "ls", "/run/secrets").split())
+            if found != {f"amqp-{rack}", f"s3-{rack}", "http-token"}:
+                raise Broken(f"{rack} knows {found}")
+            if done := trespasses(self.stack.secrets_folder / f"s3-{rack}", self.stack.store_url, BUCKET, rack, other):
+                raise Broken(f"with the keys of {rack}: {', '.join(done)}")
+        self.say("each rack's keys are refused by the store for whatever is not their task")
 
     def push_and_hear(self, model: Path) -> None:
         """A real model is pushed to rack-1, heard of beside rack-2, and fetched there."""
@@ -201,6 +213,7 @@ def main() -> int:
         try:
             check.up()
             check.has_no_rights()
+            check.has_no_secrets_but_its_own()
             check.push_and_hear(model_of_tests())
             check.all_is_there()
             check.is_watched()

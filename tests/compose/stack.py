@@ -65,6 +65,14 @@ class Stack:
         compose = ("docker", "compose") if two else ("docker-compose",)
         return cls(compose, f"model-manager-{secrets.token_hex(4)}", environment)
 
+    @property
+    def secrets_folder(self) -> Path:
+        return Path(self.environment["SECRETS"])
+
+    @property
+    def store_url(self) -> str:
+        return f"http://127.0.0.1:{self.environment['OBJECT_STORE_PORT']}"
+
     def command(self, *arguments: str) -> list[str]:
         return [*self.compose, "--project-name", self.project, "--file", str(DEPLOY / "compose.yaml"), *arguments]
 
@@ -116,7 +124,7 @@ class Stack:
 
     def send(self, rack: str, verb: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Status and body of an answer of a rack's HTTP service; status 0 where there is none."""
-        token = (Path(self.environment["SECRETS"]) / "http-token").read_text().strip()
+        token = (self.secrets_folder / "http-token").read_text().strip()
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/octet-stream"}
         port = self.environment[f"{rack.upper().replace('-', '_')}_PORT"]
         request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, headers, method=verb)

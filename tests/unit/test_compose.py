@@ -73,6 +73,17 @@ def test_the_settings_of_a_rack_are_settings_of_the_worker(rack: str, secrets: P
     assert address == f"amqp://worker-{rack}:{password}@rabbitmq:5672/model-manager"
 
 
+@pytest.mark.parametrize("rack", RACKS)
+def test_a_rack_has_keys_of_its_own_for_the_store_and_the_administrator_s_stay_with_init(rack: str) -> None:
+    assert set(SERVICES[rack]["secrets"]) == {f"amqp-{rack}", f"s3-{rack}", "http-token"}
+    environment = SERVICES[rack]["environment"]
+    assert environment["AWS_SHARED_CREDENTIALS_FILE"] == f"/run/secrets/s3-{rack}"
+    assert environment["MODEL_MANAGER_STORAGE__S3__CLEAN_UP_PROFILE"] == "clean-up"
+    known = {name for name, service in SERVICES.items() if "s3-administrator" in service.get("secrets", ())}
+    assert known == {"init"}
+    assert SERVICES[rack]["depends_on"]["init"] == {"condition": "service_completed_successfully"}
+
+
 @pytest.mark.parametrize("service", ["init", *RACKS, "client"])
 def test_what_runs_our_image_has_no_rights(service: str) -> None:
     told = SERVICES[service]
