@@ -89,6 +89,7 @@ def test_the_worker_takes_the_settings_of_a_pod(pod: Pod) -> None:
     assert set(loaded.settings.replication.peers) == set(RACKS) - {loaded.settings.rack}
     assert loaded.settings.http.public_url == f"http://model-manager-{loaded.settings.rack}.model-manager:8002"
     assert (loaded.token, loaded.amqp_url) == (SECRETS["http-token"], SECRETS["amqp-url"])
+    assert not loaded.settings.amqp.provision  # its login, from the definitions, may not
 
 
 def test_what_the_worker_keeps_lies_on_its_volume(pod: Pod) -> None:
