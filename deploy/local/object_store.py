@@ -24,6 +24,8 @@ from deploy.local.server import Given, Server, Source, Unavailable, choose, wait
 URL_VARIABLE = "MODEL_MANAGER_STORAGE__S3__ENDPOINT_URL"
 IMAGE_VARIABLE = "OBJECT_STORE_IMAGE"
 REGION = "us-east-1"
+# Good once it knows its buckets and its users, and can write.
+HEALTH = "/minio/health/cluster"
 READY_S = 60.0
 GIVEN_READY_S = 10.0
 STOP_S = 20.0
@@ -173,7 +175,7 @@ def answers(url: str, *, any_status: bool) -> bool:
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=2)
     try:
-        connection.request("GET", "/minio/health/cluster")
+        connection.request("GET", HEALTH)
         return any_status or connection.getresponse().status == http.client.OK
     except (OSError, http.client.HTTPException):
         return False

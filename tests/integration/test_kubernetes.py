@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -130,6 +131,21 @@ def test_the_pod_has_no_rights_that_it_does_not_need() -> None:
     assert POD["securityContext"]["runAsNonRoot"] is True
     assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert POD["automountServiceAccountToken"] is False
+
+
+def test_the_pod_reaches_names_broker_and_store_and_is_reached_by_http_only(pod: Pod) -> None:
+    policy = document("base/network-policy.yaml")["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == {WORKER["ports"][0]["name"]}
+    assert all(peer["podSelector"]["matchExpressions"] for rule in policy["ingress"] for peer in rule["from"])
+    names, broker, store = ({port["port"] for port in rule["ports"]} for rule in policy["egress"])
+    assert names == {53}
+    assert broker == {5671, 5672}  # amqps, amqp
+    assert urlsplit(str(pod.loaded.settings.storage.s3.endpoint_url)).port in store
+
+
+def test_memory_is_what_was_asked_for_so_that_a_full_node_does_not_end_it() -> None:
+    assert WORKER["resources"]["limits"]["memory"] == WORKER["resources"]["requests"]["memory"]
 
 
 def test_one_process_writes_and_is_given_the_time_that_it_needs(pod: Pod) -> None:

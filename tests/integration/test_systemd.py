@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from schemas.errors import EXIT_CONFIG_INVALID
 from worker.settings import load_settings
 
 SHIPPED = Path(__file__).parents[2] / "deploy/systemd/wrk-model-manager@.service"
@@ -41,6 +42,14 @@ def test_the_settings_of_the_unit_are_those_of_its_rack_with_the_credential_it_l
     assert loaded.settings.rack == "rack-2"
     assert loaded.amqp_url == (tmp_path / credential).read_text()
     assert [path.parts[-2] for path in (loaded.settings.registry.path, loaded.settings.storage.path)] == ["rack-2"] * 2
+
+
+def test_the_unit_gives_the_worker_its_times_and_does_not_try_what_cannot_work_again() -> None:
+    told = dict(re.findall(r"^(\w+)=(\d+)$", SHIPPED.read_text(), re.MULTILINE))
+    timeouts = load_settings(environment={}).settings.timeouts
+    assert int(told["TimeoutStopSec"]) > timeouts.drain
+    assert int(told["WatchdogSec"]) > timeouts.loop_stall
+    assert int(told["RestartPreventExitStatus"]) == EXIT_CONFIG_INVALID
 
 
 def analyze(*words: str | Path) -> str:
