@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes the secrets that compose.yaml needs, each in a file, in deploy/secrets or the folder that is named; those that are
-# there are kept. To change one, remove its file and those made of it, run this again, then `docker-compose up`.
+# there are kept. To change one, remove its file and those made of it and run this again; deploy/README.md tells the rest.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)

@@ -58,16 +58,21 @@ class Stack:
     @classmethod
     def make(cls, folder: Path) -> Stack:
         """Secrets in `folder`, ports that are free now; nothing is started."""
-        subprocess.run([DEPLOY / "compose/secrets.sh", folder], check=True, stdout=subprocess.DEVNULL)
         ports = {name: str(free_port()) for name in PORTS}
         environment = os.environ | ports | {"SECRETS": str(folder), "SECRETS_GID": str(os.getgid())}
         two = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0
         compose = ("docker", "compose") if two else ("docker-compose",)
-        return cls(compose, f"model-manager-{secrets.token_hex(4)}", environment)
+        stack = cls(compose, f"model-manager-{secrets.token_hex(4)}", environment)
+        stack.make_secrets()
+        return stack
 
     @property
     def secrets_folder(self) -> Path:
         return Path(self.environment["SECRETS"])
+
+    def make_secrets(self) -> None:
+        """Those that are missing."""
+        subprocess.run([DEPLOY / "compose/secrets.sh", self.secrets_folder], check=True, stdout=subprocess.DEVNULL)
 
     @property
     def store_url(self) -> str:
