@@ -124,7 +124,8 @@ def ask(verb: str, path: str, body: bytes = b"", *, accepted: tuple[int, ...] = 
         raise Refused("there is no administrator: AWS_SHARED_CREDENTIALS_FILE names no file of credentials")
     request = AWSRequest(verb, f"{os.environ[ENDPOINT_VARIABLE].rstrip('/')}/minio/admin/v3/{path}", data=body)
     S3SigV4Auth(administrator, "s3", session.region_name or REGION).add_auth(request)
-    answer = URLLib3Session(timeout=TIMEOUT_S).send(request.prepare())
+    trusted = os.environ.get("AWS_CA_BUNDLE", True)
+    answer = URLLib3Session(verify=trusted, timeout=TIMEOUT_S).send(request.prepare())
     if answer.status_code not in accepted:
         raise Refused(f"the store answers {answer.status_code} to {path.partition('?')[0]}: {answer.text.strip()}")
     return answer.content
