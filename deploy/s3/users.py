@@ -19,6 +19,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import boto3
@@ -63,7 +64,7 @@ def main() -> int:
             add(users, arguments.bucket, arguments.rack)
         else:
             remove(users)
-    except (Refused, OSError, configparser.Error, BotoCoreError) as error:
+    except (Refused, OSError, BotoCoreError) as error:
         print(error, file=sys.stderr)
         return 1
     done = {"add": "may use the store", "remove": "is gone"}[arguments.do]
@@ -74,12 +75,19 @@ def main() -> int:
 
 def users_in(file: Path) -> list[User]:
     profiles = configparser.RawConfigParser()
-    profiles.read_string(file.read_text())
-    return [
-        User(pair["aws_access_key_id"], pair["aws_secret_access_key"], "worker" if name == "default" else name)
-        for name, pair in profiles.items()
-        if name != profiles.default_section
-    ]
+    try:
+        profiles.read_string(file.read_text())
+        return [
+            User(
+                profiles.get(name, "aws_access_key_id"),
+                profiles.get(name, "aws_secret_access_key"),
+                "worker" if name == "default" else name,
+            )
+            for name in profiles.sections()
+        ]
+    except configparser.Error:
+        # Its message may hold a line of the file, and so a key.
+        raise Refused(f"{file.name} is no file of AWS credentials with both keys in each profile") from None
 
 
 def add(users: list[User], bucket: str, rack: str) -> None:
@@ -124,7 +132,8 @@ def ask(verb: str, path: str, body: bytes = b"", *, accepted: tuple[int, ...] = 
         raise Refused("there is no administrator: AWS_SHARED_CREDENTIALS_FILE names no file of credentials")
     request = AWSRequest(verb, f"{os.environ[ENDPOINT_VARIABLE].rstrip('/')}/minio/admin/v3/{path}", data=body)
     S3SigV4Auth(administrator, "s3", session.region_name or REGION).add_auth(request)
-    trusted = os.environ.get("AWS_CA_BUNDLE", True)
+    # It takes the file of an authority, too; the annotation does not know.
+    trusted: Any = os.environ.get("AWS_CA_BUNDLE", True)
     answer = URLLib3Session(verify=trusted, timeout=TIMEOUT_S).send(request.prepare())
     if answer.status_code not in accepted:
         raise Refused(f"the store answers {answer.status_code} to {path.partition('?')[0]}: {answer.text.strip()}")

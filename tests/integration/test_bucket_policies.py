@@ -217,6 +217,13 @@ def test_users_that_the_store_does_not_take_are_told(object_store: ObjectStore, 
     short = tmp_path / "short"
     short.write_text("[default]\naws_access_key_id = worker\naws_secret_access_key = short\n")
     unknown = credentials_file(tmp_path / "unknown", secrets.token_hex(4), "visitor")
+    half = tmp_path / "half"
+    half.write_text("[default]\naws_access_key_id = worker\n")
+    broken = tmp_path / "broken"
+    broken.write_text("aws_secret_access_key = the-secret\n")
+    for file in (half, broken):
+        told = f"{file.name} is no file of AWS credentials with both keys in each profile\n"
+        assert run_users(object_store, "add", file) == (1, told)
     status, said = run_users(object_store, "add", short)
     assert (status, said.startswith("the store did not take all: ")) == (1, True)
     assert run_users(object_store, "add", unknown) == (1, "there is no policy for the profile visitor\n")
