@@ -28,7 +28,11 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 RACKS = sorted(folder.name for folder in (KUBERNETES / "overlays").iterdir())
-SECRETS = {"amqp-url": "amqp://worker:secret@127.0.0.1:1/", "http-token": "token", "aws-credentials": "[default]"}
+SECRETS = {
+    "amqp-url": "amqp://worker:secret@127.0.0.1:1/",
+    "http-token": "token",
+    "aws-credentials": "[default]\n[clean-up]\naws_access_key_id = clean-up\naws_secret_access_key = secret\n",
+}
 
 with_kustomize = pytest.mark.skipif(
     installed("kustomize") is None or installed("kubeconform") is None,
@@ -91,6 +95,7 @@ def test_the_worker_takes_the_settings_of_a_pod(pod: Pod) -> None:
     assert loaded.settings.http.public_url == f"http://model-manager-{loaded.settings.rack}.model-manager:8002"
     assert (loaded.token, loaded.amqp_url) == (SECRETS["http-token"], SECRETS["amqp-url"])
     assert not loaded.settings.amqp.provision  # its login, from the definitions, may not
+    assert loaded.settings.storage.s3.clean_up_profile == "clean-up"  # nor may its first pair of keys remove anything
 
 
 def test_what_the_worker_keeps_lies_on_its_volume(pod: Pod) -> None:
