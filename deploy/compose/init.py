@@ -1,4 +1,7 @@
-"""Once before the other containers: makes the bucket, and writes what RabbitMQ loads at boot. It may be repeated."""
+"""Once before the other containers: makes the bucket and its users, and writes what RabbitMQ loads at boot.
+
+It may be repeated. The object store's administrator is known here and to the store, to no rack.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,15 @@ from botocore.exceptions import ClientError
 
 DEFINITIONS = Path("/var/lib/wrk-model-manager/definitions.json")
 PASSWORDS = "/run/passwords"
+KEYS = "/run/secrets/s3-{rack}"
 
 
 def main(racks: list[str]) -> None:
     bucket = os.environ["MODEL_MANAGER_STORAGE__S3__BUCKET"]
     make_bucket(bucket, os.environ["MODEL_MANAGER_STORAGE__S3__ENDPOINT_URL"])
     print(f"the bucket {bucket} is there")
+    for rack in racks:
+        subprocess.run([sys.executable, "/s3/users.py", "add", KEYS.format(rack=rack), "--rack", rack], check=True)
     write_definitions(racks)
     print(f"the definitions for {', '.join(racks)} are written")
 

@@ -7,6 +7,7 @@ import secrets
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,7 +19,7 @@ from deploy.local import native_broker
 from deploy.local.console import say
 from deploy.local.container import Container, require_image
 from deploy.local.identity import recall, recall_ports
-from deploy.local.server import Given, Server, Source, Unavailable, wait_until_ready
+from deploy.local.server import Given, Server, Source, Unavailable, choose, wait_until_ready
 
 URL_VARIABLE = "MODEL_MANAGER_AMQP__URL"
 IMAGE_VARIABLE = "RABBITMQ_IMAGE"
@@ -83,26 +84,15 @@ def rabbitmq(folder: Path, *, allow_install: bool = True, keep: bool = False, so
     `keep`: the data of a container outlive it (those of a native broker lie in `folder` anyway). `allow_install`: a
     missing Debian package may be installed. Raises `Unavailable` if none can be had, or none from `source`.
     """
-    broker = choose(folder, allow_install=allow_install, keep=keep, source=source)
+    broker = choose(
+        source,
+        variable=URL_VARIABLE,
+        given=given,
+        in_container=partial(in_container, folder, keep=keep),
+        native=partial(native, folder, allow_install=allow_install),
+    )
     say(broker.why)
     return broker
-
-
-def choose(folder: Path, *, allow_install: bool, keep: bool, source: Source) -> RabbitMQ:
-    if source in (Source.AUTO, Source.GIVEN):
-        if url := os.environ.get(URL_VARIABLE):
-            return given(url)
-        if source is Source.GIVEN:
-            raise Unavailable(f"{URL_VARIABLE} is not set", "set it to the address of a broker")
-    no_docker = ""
-    if source in (Source.AUTO, Source.DOCKER):
-        try:
-            return in_container(folder, keep=keep)
-        except Unavailable as error:
-            if source is Source.DOCKER:
-                raise
-            no_docker = f" ({error.reason})"
-    return native(folder, no_docker, allow_install=allow_install)
 
 
 def given(url: str) -> RabbitMQ:

@@ -14,14 +14,11 @@ PORTS = range(20_000, 32_000)
 
 
 def recall(file: Path, fresh: Mapping[str, str]) -> dict[str, str]:
-    """The values kept in `file`, completed and written back with those of `fresh` that it lacks. Readable by the
-    owner only."""
+    """The values kept in `file`, completed and written back with those of `fresh` that it lacks."""
     kept: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
     values = {name: kept.get(name, value) for name, value in fresh.items()}
     if values != kept:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        file.write_text(json.dumps(values, indent=1) + "\n")
+        keep(file, json.dumps(values, indent=1) + "\n")
     return values
 
 
@@ -32,9 +29,19 @@ def recall_ports(file: Path, *names: str) -> dict[str, int]:
         return kept
     free = (port for port in random.sample(PORTS, len(PORTS)) if is_free(port))
     ports = {name: next(free) for name in names}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(ports, indent=1) + "\n")
+    keep(file, json.dumps(ports, indent=1) + "\n")
     return ports
+
+
+def keep(file: Path, text: str) -> None:
+    """Replaces the file as a whole, so that a full disk or an end in between leaves what was there. Readable by the
+    owner only."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    new.touch(mode=0o600)
+    new.write_text(text)
+    new.replace(file)
 
 
 def is_free(port: int) -> bool:

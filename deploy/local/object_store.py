@@ -6,6 +6,7 @@ import http.client
 import os
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,11 +19,13 @@ from deploy.local.container import Container, require_image
 from deploy.local.identity import recall, recall_ports
 from deploy.local.minio import minio
 from deploy.local.process import Process
-from deploy.local.server import Given, Server, Source, Unavailable, wait_until_ready
+from deploy.local.server import Given, Server, Source, Unavailable, choose, wait_until_ready
 
 URL_VARIABLE = "MODEL_MANAGER_STORAGE__S3__ENDPOINT_URL"
 IMAGE_VARIABLE = "OBJECT_STORE_IMAGE"
 REGION = "us-east-1"
+# Good once it knows its buckets and its users, and can write.
+HEALTH = "/minio/health/cluster"
 READY_S = 60.0
 GIVEN_READY_S = 10.0
 STOP_S = 20.0
@@ -84,26 +87,15 @@ def object_store(folder: Path, *, keep: bool = False, source: Source = Source.AU
     `keep`: the data of a container outlive it (those of a native store lie in `folder` anyway). Raises `Unavailable`
     if none can be had, or none from `source`.
     """
-    store = choose(folder, keep=keep, source=source)
+    store = choose(
+        source,
+        variable=URL_VARIABLE,
+        given=given,
+        in_container=partial(in_container, folder, keep=keep),
+        native=partial(native, folder),
+    )
     say(store.why)
     return store
-
-
-def choose(folder: Path, *, keep: bool, source: Source) -> ObjectStore:
-    if source in (Source.AUTO, Source.GIVEN):
-        if url := os.environ.get(URL_VARIABLE):
-            return given(url)
-        if source is Source.GIVEN:
-            raise Unavailable(f"{URL_VARIABLE} is not set", "set it to the address of a store")
-    no_docker = ""
-    if source in (Source.AUTO, Source.DOCKER):
-        try:
-            return in_container(folder, keep=keep)
-        except Unavailable as error:
-            if source is Source.DOCKER:
-                raise
-            no_docker = f" ({error.reason})"
-    return native(folder, no_docker)
 
 
 def given(url: str) -> ObjectStore:
@@ -183,7 +175,7 @@ def answers(url: str, *, any_status: bool) -> bool:
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=2)
     try:
-        connection.request("GET", "/minio/health/cluster")
+        connection.request("GET", HEALTH)
         return any_status or connection.getresponse().status == http.client.OK
     except (OSError, http.client.HTTPException):
         return False

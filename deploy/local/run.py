@@ -26,7 +26,7 @@ from botocore.exceptions import ClientError
 
 from deploy.local import NotStarted, ObjectStore, RabbitMQ, Unavailable, object_store, rabbitmq
 from deploy.local.console import say, working
-from deploy.local.identity import is_free, recall_ports
+from deploy.local.identity import is_free, keep, recall_ports
 from deploy.local.process import Process
 
 BUCKET = "models"
@@ -154,11 +154,8 @@ def environment(folder: Path, rack: str, broker: RabbitMQ, store: ObjectStore | 
 
 
 def write_environment(file: Path, env: dict[str, str]) -> None:
-    """Replaced as a whole, and readable by the owner only: it holds the keys of the store."""
-    new = file.with_suffix(".new")
-    new.touch(mode=0o600)
-    new.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items()))
-    new.replace(file)
+    """It holds the keys of the store."""
+    keep(file, "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items()))
 
 
 def forget_own_environment(folder: Path) -> None:

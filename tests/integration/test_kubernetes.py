@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -27,7 +28,11 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 RACKS = sorted(folder.name for folder in (KUBERNETES / "overlays").iterdir())
-SECRETS = {"amqp-url": "amqp://worker:secret@127.0.0.1:1/", "http-token": "token", "aws-credentials": "[default]"}
+SECRETS = {
+    "amqp-url": "amqp://worker:secret@127.0.0.1:1/",
+    "http-token": "token",
+    "aws-credentials": "[default]\n[clean-up]\naws_access_key_id = clean-up\naws_secret_access_key = secret\n",
+}
 
 with_kustomize = pytest.mark.skipif(
     installed("kustomize") is None or installed("kubeconform") is None,
@@ -89,6 +94,8 @@ def test_the_worker_takes_the_settings_of_a_pod(pod: Pod) -> None:
     assert set(loaded.settings.replication.peers) == set(RACKS) - {loaded.settings.rack}
     assert loaded.settings.http.public_url == f"http://model-manager-{loaded.settings.rack}.model-manager:8002"
     assert (loaded.token, loaded.amqp_url) == (SECRETS["http-token"], SECRETS["amqp-url"])
+    assert not loaded.settings.amqp.provision  # its login, from the definitions, may not
+    assert loaded.settings.storage.s3.clean_up_profile == "clean-up"  # nor may its first pair of keys remove anything
 
 
 def test_what_the_worker_keeps_lies_on_its_volume(pod: Pod) -> None:
@@ -129,6 +136,21 @@ def test_the_pod_has_no_rights_that_it_does_not_need() -> None:
     assert POD["securityContext"]["runAsNonRoot"] is True
     assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert POD["automountServiceAccountToken"] is False
+
+
+def test_the_pod_reaches_names_broker_and_store_and_is_reached_by_http_only(pod: Pod) -> None:
+    policy = document("base/network-policy.yaml")["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == {WORKER["ports"][0]["name"]}
+    assert all(peer["podSelector"]["matchExpressions"] for rule in policy["ingress"] for peer in rule["from"])
+    names, broker, store = ({port["port"] for port in rule["ports"]} for rule in policy["egress"])
+    assert names == {53}
+    assert broker == {5671, 5672}  # amqps, amqp
+    assert urlsplit(str(pod.loaded.settings.storage.s3.endpoint_url)).port in store
+
+
+def test_memory_is_what_was_asked_for_so_that_a_full_node_does_not_end_it() -> None:
+    assert WORKER["resources"]["limits"]["memory"] == WORKER["resources"]["requests"]["memory"]
 
 
 def test_one_process_writes_and_is_given_the_time_that_it_needs(pod: Pod) -> None:

@@ -196,6 +196,20 @@ def test_what_a_service_remembers_is_for_its_owner_only(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_disk_that_is_full_leaves_the_identity_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "identity.json"
+    recall(file, {"key": "first"})
+    program = (
+        "import pathlib, resource, sys; from deploy.local.identity import recall\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))\n"
+        "recall(pathlib.Path(sys.argv[1]), {'key': 'second', 'other': 'new'})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, file], cwd=ROOT, capture_output=True, text=True)
+    assert "File too large" in done.stderr
+    assert recall(file, {"key": "third"}) == {"key": "first"}
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
 def test_an_address_in_the_environment_is_used_as_it_is_and_never_ended(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

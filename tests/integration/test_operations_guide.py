@@ -5,28 +5,34 @@ Commands are run as they are written, and a real worker is stopped and started w
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from botocore.exceptions import ClientError
 
 from deploy.checks.__main__ import conforms
 from deploy.checks.programs import installed
+from deploy.local import ObjectStore
 from tests.amqp import delete_queues
-from tests.process import Processes, Service, environment_of, free_port
+from tests.process import Processes, Service, environment_of, free_port, nobodys_environment
+from tests.store_users import client_of, credentials_file, run_users, trespasses
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "deploy/README.md").read_text().partition("## The operations guide")[2].partition("\n## ")[0]
 STEP = re.compile(r"```sh\n(.*?)```|\b(Stop|Start) the worker\.", re.DOTALL)
 MODELS = ("minilm", "other")
-
-with_jq = pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed: its lines were NOT TRIED")
 
 
 def procedure(title: str, part: str = "") -> list[str]:
@@ -41,12 +47,13 @@ def procedure(title: str, part: str = "") -> list[str]:
 
 @dataclass
 class Rack:
-    """A worker on disk with a registry and models, in a folder that the commands of an operator work in."""
+    """A worker with a registry and models, in a folder that the commands of an operator work in."""
 
     folder: Path
     processes: Processes
     settings: dict[str, object]
     worker: Service
+    environment: dict[str, str]
 
     @property
     def registry(self) -> Path:
@@ -60,7 +67,7 @@ class Rack:
         assert self.worker.stop() == 0
 
     def start(self) -> None:
-        self.worker = self.processes.start("worker", settings=self.settings).until_ready()
+        self.worker = self.processes.start("worker", settings=self.settings, environment=self.environment).until_ready()
 
     def carry_out(self, steps: list[str]) -> str:
         """Do what is written; what the commands said."""
@@ -73,10 +80,9 @@ class Rack:
         return said
 
     def run(self, commands: str) -> str:
-        env = {name: value for name, value in os.environ.items() if not name.startswith("MODEL_MANAGER_")}
-        env |= environment_of(self.settings) | {"BACKUP": str(self.folder / "backup"), "COLUMNS": "200"}
+        env = nobodys_environment() | environment_of(self.settings) | self.environment
+        env["BACKUP"] = str(self.folder / "backup")
         env["PATH"] = f"{self.folder / 'bin'}:{env['PATH']}"
-        env["PYTHONPATH"] = os.pathsep.join(sys.path)
         done = subprocess.run(
             ["bash", "-e", "-o", "pipefail", "-c", commands],
             cwd=self.folder,
@@ -97,26 +103,29 @@ class Rack:
         return self.worker.send("GET", f"/api/models/{model}/versions/1.0.0/content").body
 
 
-@pytest.fixture
-def there(tmp_path: Path, amqp_url: str, rack: str) -> Iterator[Rack]:
-    """A rack that has stored `MODELS`, whose bytes are their names."""
-    program = tmp_path / "bin/model-manager"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m worker "$@"\n')
-    program.chmod(0o755)
-    (tmp_path / "backup").mkdir()
-    settings: dict[str, object] = {
-        "rack": rack,
-        "amqp.url": amqp_url,
-        "http.port": free_port(),
-        "registry.path": str(tmp_path / "registry"),
-        "storage.path": str(tmp_path / "models"),
-    }
-    with Processes(tmp_path) as processes:
-        worker = processes.start("worker", settings=settings).until_ready()
+@contextmanager
+def running(folder: Path, settings: dict[str, object], environment: dict[str, str]) -> Iterator[Rack]:
+    """A rack that has stored `MODELS`, whose bytes are their names, with the programs of an installation."""
+    (folder / "backup").mkdir()
+    (folder / "bin").mkdir()
+    for name, arguments in (("model-manager", "-m worker"), ("python", "")):
+        program = folder / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
+        program.chmod(0o755)
+    settings = {"http.port": free_port(), "registry.path": str(folder / "registry"), **settings}
+    with Processes(folder) as processes:
+        worker = processes.start("worker", settings=settings, environment=environment).until_ready()
         for model in MODELS:
             assert worker.put(model, model.encode()).status == 201
-        yield Rack(tmp_path, processes, settings, worker)
+        yield Rack(folder, processes, settings, worker, environment)
+
+
+@pytest.fixture
+def there(tmp_path: Path, amqp_url: str, rack: str) -> Iterator[Rack]:
+    """With its models on disk."""
+    settings: dict[str, object] = {"rack": rack, "amqp.url": amqp_url, "storage.path": str(tmp_path / "models")}
+    with running(tmp_path, settings, {}) as started:
+        yield started
 
 
 def intact(rack: Rack) -> None:
@@ -149,7 +158,6 @@ def test_a_registry_that_is_gone_is_made_of_the_archive(there: Rack) -> None:
     intact(there)
 
 
-@with_jq
 def test_models_that_are_gone_come_back_or_are_named(there: Rack) -> None:
     there.carry_out(procedure("Backup"))
     assert there.worker.put("later", b"later").status == 201
@@ -179,11 +187,53 @@ def test_a_new_token_is_asked_for_after_the_restart(there: Rack) -> None:
     there.settings["http.tokenFile"] = str(token)
     there.stop()
     there.start()
-    there.carry_out(procedure("Rotating credentials"))
+    there.carry_out(procedure("Rotating credentials", "The token of HTTP"))
     assert len(token.read_text().strip()) == 64
     assert there.worker.send("GET", "/api/models").status == 401
     shown = there.run(f"model-manager ls --url {there.worker.url} --token-file {token}")
     assert all(model in shown for model in MODELS)
+
+
+def test_the_keys_of_the_object_store_are_exchanged(
+    object_store: ObjectStore, s3_bucket: str, s3_client: S3Client, amqp_url: str, rack: str, tmp_path: Path
+) -> None:
+    keys = credentials_file(tmp_path / "keys", rack, "worker", "clean-up")
+    assert run_users(object_store, "add", keys, "--rack", rack, "--bucket", s3_bucket)[0] == 0
+    first = client_of(keys, "worker", object_store.endpoint_url)
+    administrator = tmp_path / "administrator"
+    administrator.write_text(
+        f"[default]\naws_access_key_id = {object_store.access_key}\naws_secret_access_key = {object_store.secret_key}\n"
+    )
+    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    settings: dict[str, object] = {
+        "rack": rack,
+        "amqp.url": amqp_url,
+        "storage.backend": "s3",
+        "storage.s3.endpointUrl": object_store.endpoint_url,
+        "storage.s3.bucket": s3_bucket,
+        "storage.s3.cleanUpProfile": "clean-up",
+    }
+    environment = {"AWS_SHARED_CREDENTIALS_FILE": str(keys), "ADMINISTRATOR": str(administrator)}
+    with running(tmp_path, settings, environment) as there:
+        said = there.carry_out(procedure("Rotating credentials", "The keys of the object store"))
+        assert [line.partition(")")[2] for line in said.splitlines()] == [" may use the store"] * 2 + [" is gone"] * 2
+        with pytest.raises(ClientError, match="InvalidAccessKeyId"):
+            first.list_objects_v2(Bucket=s3_bucket)
+        intact(there)
+        assert there.worker.put("afterwards", b"afterwards").status == 201
+        there.stop()
+    assert [path.name for path in tmp_path.glob("keys*")] == ["keys"]
+    assert stat.S_IMODE(keys.stat().st_mode) == 0o600
+    s3_client.put_object(Bucket=s3_bucket, Key="another/owner.json", Body=b"{}")
+    assert trespasses(keys, object_store.endpoint_url, s3_bucket, rack, "another") == []
+    run_users(object_store, "remove", keys)
+    first.close()
+
+
+def test_the_commands_need_nothing_that_the_image_of_the_worker_does_not_have() -> None:
+    """They are run in its pod, where nobody can install anything; `aws` and `rabbitmqctl` belong to others' hosts."""
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL))
+    assert not set(re.findall(r"[\w.-]+", blocks)) & {"jq", "curl", "wget", "ps", "pgrep", "vi", "less", "ssh", "rsync"}
 
 
 def test_a_rack_is_added(there: Rack, amqp_url: str) -> None:

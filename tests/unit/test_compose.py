@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.local.object_store import HEALTH
 from worker.settings import load_settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -73,6 +74,17 @@ def test_the_settings_of_a_rack_are_settings_of_the_worker(rack: str, secrets: P
     assert address == f"amqp://worker-{rack}:{password}@rabbitmq:5672/model-manager"
 
 
+@pytest.mark.parametrize("rack", RACKS)
+def test_a_rack_has_keys_of_its_own_for_the_store_and_the_administrator_s_stay_with_init(rack: str) -> None:
+    assert set(SERVICES[rack]["secrets"]) == {f"amqp-{rack}", f"s3-{rack}", "http-token"}
+    environment = SERVICES[rack]["environment"]
+    assert environment["AWS_SHARED_CREDENTIALS_FILE"] == f"/run/secrets/s3-{rack}"
+    assert environment["MODEL_MANAGER_STORAGE__S3__CLEAN_UP_PROFILE"] == "clean-up"
+    known = {name for name, service in SERVICES.items() if "s3-administrator" in service.get("secrets", ())}
+    assert known == {"init"}
+    assert SERVICES[rack]["depends_on"]["init"] == {"condition": "service_completed_successfully"}
+
+
 @pytest.mark.parametrize("service", ["init", *RACKS, "client"])
 def test_what_runs_our_image_has_no_rights(service: str) -> None:
     told = SERVICES[service]
@@ -87,6 +99,33 @@ def test_every_port_is_published_on_loopback_only() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", ())]
     assert ports
     assert all(port.startswith("127.0.0.1:${") for port in ports)
+
+
+def test_what_containers_are_given_of_the_host_they_cannot_change() -> None:
+    mounts = [volume for service in SERVICES.values() for volume in service.get("volumes", ())]
+    of_host = [mount for mount in mounts if mount.startswith((".", "/", "$"))]
+    assert of_host
+    assert all(mount.endswith(":ro") for mount in of_host)
+    assert "definitions:/definitions:ro" in SERVICES["rabbitmq"]["volumes"]
+
+
+@pytest.mark.parametrize("service", ["init", *RACKS, "rabbitmq"])
+def test_nothing_starts_before_what_it_needs_is_there(service: str) -> None:
+    for needed, told in SERVICES[service]["depends_on"].items():
+        condition = "service_completed_successfully" if needed == "init" else "service_healthy"
+        assert told == {"condition": condition}, needed
+        assert needed == "init" or "healthcheck" in SERVICES[needed]
+    assert service not in RACKS or set(SERVICES[service]["depends_on"]) == {"init", "rabbitmq", "object-store"}
+
+
+def test_the_store_is_healthy_once_it_knows_its_users() -> None:
+    assert SERVICES["object-store"]["healthcheck"]["test"][-1].endswith(HEALTH)
+
+
+@pytest.mark.parametrize("rack", RACKS)
+def test_a_rack_is_given_the_time_to_end_in_order(rack: str) -> None:
+    drain = load_settings(environment={}).settings.timeouts.drain
+    assert int(SERVICES[rack]["stop_grace_period"].removesuffix("s")) > drain
 
 
 def test_every_service_that_stays_tells_its_health_or_has_an_image_that_does() -> None:
