@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import secrets
@@ -21,10 +22,12 @@ from tests.process import free_port
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PORTS = (
     *("RABBITMQ_PORT", "RABBITMQ_MANAGEMENT_PORT", "OBJECT_STORE_PORT"),
-    *("PROMETHEUS_PORT", "RACK_1_PORT", "RACK_2_PORT"),
+    *("PROMETHEUS_PORT", "GRAFANA_PORT", "RACK_1_PORT", "RACK_2_PORT"),
 )
 RACKS = ("rack-1", "rack-2")
 SERVICES = ("object-store", "rabbitmq", *RACKS, "prometheus")
+"""What always runs, and what Prometheus watches."""
+GRAFANA = "grafana"
 DEADLINE_S = 240.0
 POLL_S = 0.5
 
@@ -60,11 +63,18 @@ class Stack:
         """Secrets in `folder`, ports that are free now; nothing is started."""
         ports = {name: str(free_port()) for name in PORTS}
         environment = os.environ | ports | {"SECRETS": str(folder), "SECRETS_GID": str(os.getgid())}
+        if "GRAFANA_IMAGE" in environment:
+            environment["COMPOSE_PROFILES"] = GRAFANA
         two = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0
         compose = ("docker", "compose") if two else ("docker-compose",)
         stack = cls(compose, f"model-manager-{secrets.token_hex(4)}", environment)
         stack.make_secrets()
         return stack
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """What runs all the time here: Grafana too where the environment names its image."""
+        return (*SERVICES, GRAFANA) if "COMPOSE_PROFILES" in self.environment else SERVICES
 
     @property
     def secrets_folder(self) -> Path:
@@ -119,7 +129,7 @@ class Stack:
     def until_healthy(self) -> None:
         def healthy() -> bool:
             states = self.states()
-            return all("(healthy)" in states.get(service, "") for service in SERVICES)
+            return all("(healthy)" in states.get(service, "") for service in self.services)
 
         until(healthy, lambda: f"not healthy: {self.states()}")
 
@@ -147,6 +157,16 @@ class Stack:
         url = f"http://127.0.0.1:{self.environment['PROMETHEUS_PORT']}/api/v1/{path}?{query}"
         with urllib.request.urlopen(url, timeout=30) as answer:
             return json.load(answer)["data"]
+
+    def grafana(self, path: str, body: Any = None) -> Any:
+        """An answer of Grafana's API to its administrator."""
+        password = (self.secrets_folder / "grafana-password").read_text().strip()
+        login = base64.b64encode(f"admin:{password}".encode()).decode()
+        headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
+        url = f"http://127.0.0.1:{self.environment['GRAFANA_PORT']}/api/{path}"
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30) as answer:
+            return json.load(answer)
 
 
 def docker(*arguments: str) -> str:
