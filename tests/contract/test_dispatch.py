@@ -127,3 +127,28 @@ async def test_slow_uploads_do_not_hold_up_other_writes(rack: LocalRack) -> None
     async with dispatcher.admit("storeModel", Context()), dispatcher.admit("storeModel", Context()):
         params = {"modelId": "net", "metadata": {"type": "custom"}, "modelData": ""}
         assert (await dispatcher.call("storeModel", params, Context()))["created"] is True
+
+
+async def test_nothing_is_acknowledged_by_a_process_that_lost_the_storage_and_lookups_go_on(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"x")
+    job = (await rack.call("validateModel", {"modelId": "net", "waitMs": 0}))["jobId"]
+
+    async def not_ours() -> None:
+        raise ModelManagerError("ERR_SHUTTING_DOWN")
+
+    rack.dispatcher.vouch = not_ours
+    for method, params in (
+        ("storeModel", {"modelId": "other", "metadata": {"type": "custom"}, "modelData": "QUJD"}),
+        ("getJob", {"jobId": job, "waitMs": 5000}),
+        ("cancelJob", {"jobId": job}),
+    ):
+        with pytest.raises(ModelManagerError, match="ERR_SHUTTING_DOWN"):
+            await rack.call(method, params)
+    with pytest.raises(ModelManagerError, match="ERR_SHUTTING_DOWN"):
+        async with rack.dispatcher.admit("storeModel", Context()):
+            pass
+    async with rack.dispatcher.admit("getModel", Context()):
+        pass
+    assert (await rack.call("getModelMetadata", {"modelId": "net"}))["size"] == 1
+    rack.dispatcher.vouch = lambda: None
+    assert (await rack.call("getJob", {"jobId": job}))["state"] == "succeeded"
