@@ -149,3 +149,37 @@ async def test_a_document_is_not_waited_for_without_end_when_its_writer_is_froze
     assert caught.value.code == "ERR_STORAGE_UNAVAILABLE"
     assert (await store.put_document("owner.json", b"{}", etag=None)).data == b"{}"
     await store.close()
+
+
+async def test_a_few_bytes_are_read_while_more_large_blobs_than_there_are_threads_are_hashed(tmp_path: Path) -> None:
+    store = disk.DiskStore(tmp_path)
+    small = await store.put(store.new_key(), chunked(b"small"), info=INFO, size=5, sha256=None, max_size=5)
+    large = [tmp_path / store.new_key() for _ in range(10)]
+    for path in large:
+        with path.open("wb") as file:
+            file.truncate(1024 * MIB)
+    hashing = [asyncio.create_task(store.hash(path.relative_to(tmp_path).as_posix())) for path in large]
+    await asyncio.sleep(0)
+    assert await store.read_at(small.key, 0, 5) == b"small"
+    assert not any(task.done() for task in hashing)
+    for task in hashing:
+        task.cancel()
+    await asyncio.wait(hashing)
+    await store.close()
+
+
+async def test_a_few_bytes_are_read_while_documents_wait_for_a_writer_that_is_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_LOCK_S", 60.0)
+    store = disk.DiskStore(tmp_path)
+    small = await store.put(store.new_key(), chunked(b"small"), info=INFO, size=5, sha256=None, max_size=5)
+    with (tmp_path / ".documents.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = [asyncio.create_task(store.put_document(f"{n}.json", b"{}", etag=None)) for n in range(10)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            assert await store.read_at(small.key, 0, 5) == b"small"
+        assert not any(task.done() for task in waiting)
+    await asyncio.gather(*waiting)
+    await store.close()
