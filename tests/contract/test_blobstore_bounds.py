@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from schemas.errors import ModelManagerError
 from tests.stores import INFO, MIB, DiskPlace, Place, S3Place, chunked, content, read, sha256, zeros
 from worker.storage import disk
 from worker.storage.s3_layout import PART_BYTES_MIN
+from worker.storage.s3_stream import PARTS_OF_ALL
 
 
 @pytest.fixture
@@ -110,6 +112,33 @@ async def test_a_large_blob_on_disk_takes_little_memory(tmp_path: Path) -> None:
 @pytest.mark.s3
 async def test_a_large_blob_on_s3_takes_little_memory(s3_place: S3Place) -> None:
     assert await peak_kib("s3", s3_place.endpoint_url, s3_place.bucket) < 200 * 1024
+
+
+@pytest.mark.s3
+async def test_parts_of_many_streams_on_their_way_are_bounded_together(s3_place: S3Place) -> None:
+    store, lock = s3_place.store(), threading.Lock()
+    now = most = 0
+
+    def begun(**_: object) -> None:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+
+    def ended(**_: object) -> None:
+        nonlocal now
+        with lock:
+            now -= 1
+
+    events = store._calls.client.meta.events
+    events.register("before-send.s3.UploadPart", begun)
+    events.register("after-call.s3.UploadPart", ended)
+    size = 5 * PART_BYTES_MIN
+    sources = [zeros(size) for _ in range(6)]
+    puts = (store.put(store.new_key(), zero, info=INFO, size=None, sha256=None, max_size=size) for zero in sources)
+    await asyncio.gather(*puts)
+    assert PARTS_OF_ALL // 2 < most <= PARTS_OF_ALL
+    await store.close()
 
 
 async def test_nothing_blocks_the_event_loop(place: Place) -> None:
