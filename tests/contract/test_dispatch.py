@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from schemas.deadline import deadline
 from schemas.errors import ModelManagerError
 from tests.rack import LocalRack
 from worker.context import Context
@@ -80,6 +81,56 @@ async def test_a_deadline_ends_work_that_takes_too_long(rack: LocalRack) -> None
     with pytest.raises(ModelManagerError, match="ERR_DEADLINE_EXCEEDED"):
         await dispatcher.call("restoreModel", {"modelId": "a"}, Context(deadline=time.monotonic() + 0.05))
     assert gate.inside == 1
+
+
+async def test_a_place_is_given_back_whatever_becomes_of_the_request(rack: LocalRack) -> None:
+    dispatcher, gate = gated(rack, "restoreModel")
+
+    def begun(at: float | None = None) -> list[asyncio.Task[dict[str, Any]]]:
+        """As many as there are places and seats in the waiting room."""
+        context = Context(deadline=at)
+        return [asyncio.create_task(dispatcher.answer("restoreModel", b'{"modelId": "a"}', context)) for _ in range(10)]
+
+    async def filled() -> list[asyncio.Task[dict[str, Any]]]:
+        gate.inside = 0
+        tasks = begun()
+        while gate.inside < 2:
+            await asyncio.sleep(0)
+        return tasks
+
+    late = await asyncio.gather(*begun(time.monotonic() + 0.05))
+    assert {reply["error"]["code"] for reply in late} == {"ERR_DEADLINE_EXCEEDED"}
+    cancelled = await filled()
+    for task in cancelled:
+        task.cancel()
+    await asyncio.wait(cancelled)
+    taken = await filled()
+    gate.let_go.set()
+    assert all(reply["success"] for reply in await asyncio.gather(*taken))
+
+
+async def test_the_work_knows_the_deadline_of_its_request_and_of_no_other(rack: LocalRack) -> None:
+    known: list[float | None] = []
+
+    async def look(params: Any, context: Context) -> Any:
+        known.append(deadline.get())
+        return {"success": True}
+
+    rack.service.handlers["ping"] = look
+    at = time.monotonic() + 60
+    for context in (Context(deadline=at), Context()):
+        await rack.dispatcher.call("ping", {}, context)
+        assert deadline.get() is None
+    assert known == [at, None]
+
+
+async def test_work_that_gave_up_waiting_is_late(rack: LocalRack) -> None:
+    async def slow(params: Any, context: Context) -> Any:
+        raise TimeoutError
+
+    rack.service.handlers["ping"] = slow
+    answer = await rack.dispatcher.answer("ping", b"{}", Context())
+    assert answer["error"]["code"] == "ERR_DEADLINE_EXCEEDED"
 
 
 async def test_while_draining_lookups_are_answered_and_writes_refused(rack: LocalRack) -> None:
