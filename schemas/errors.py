@@ -64,6 +64,10 @@ class ModelManagerError(Exception):
         self.details = details
         super().__init__(f"{code}: {self.message}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made again without a call: `args` is not what it was made with, and that is another in each subclass.
+        return type(self).__new__, (type(self), *self.args), self.__dict__
+
     @property
     def code(self) -> str:
         return self.kind.code

@@ -390,6 +390,11 @@ class Method:
     job: bool = False
     frees: bool = False
 
+    @property
+    def acknowledges(self) -> bool:
+        """Whether an answer says that something was done, by the request itself or by a job."""
+        return self.lane == "write" or self.reply is JobStatus
+
 
 _TABLE = (
     Method("storeModel", StoreModel, StoreReply, "write", True, "Store a version of a model."),

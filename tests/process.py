@@ -86,6 +86,17 @@ class Service:
         """Store `data` as the version 1.0.0 of `model`."""
         return self.send("PUT", f"/api/models/{model}/versions/1.0.0/content?type=custom", data)
 
+    def model_ids(self) -> set[str]:
+        """The ids of all models it lists."""
+        found: set[str] = set()
+        cursor = ""
+        while True:
+            page = self.get(f"/api/models?limit=1000{cursor}")
+            found |= {entry["modelId"] for entry in page["models"]}
+            if "nextCursor" not in page:
+                return found
+            cursor = f"&cursor={page['nextCursor']}"
+
     def checks(self) -> dict[str, Any]:
         """What /readyz says of each check; nothing while nobody answers."""
         try:

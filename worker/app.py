@@ -114,9 +114,18 @@ class App:
             removed=self.metrics.blob_removed,
         )
         self.compaction = Compaction(self.registry, observe=self.metrics.journal)
-        self.http = HttpServer(
-            host=settings.http.host,
-            port=settings.http.port,
+        self.http = self._http_server(loaded)
+        self.amqp = self._amqp_transport(loaded) if broker else None
+        if self.amqp is not None:
+            self.announcer = Announcer(settings.rack, self.registry, self.amqp.announce)
+        self.registry.listen(self._count)
+        self._measure_disks()
+
+    def _http_server(self, loaded: Loaded) -> HttpServer:
+        http, timeouts = self._settings.http, self._settings.timeouts
+        return HttpServer(
+            host=http.host,
+            port=http.port,
             token=loaded.token,
             dispatcher=self.dispatcher,
             service=self.service,
@@ -124,16 +133,11 @@ class App:
             metrics=self._render_metrics,
             version_info={"name": "wrk-model-manager", "version": __version__, "revision": _revision()},
             signer=self.signer,
-            header_timeout_s=settings.timeouts.http_header,
-            idle_timeout_s=settings.timeouts.http_idle,
+            header_timeout_s=timeouts.http_header,
+            idle_timeout_s=timeouts.http_idle,
             openapi=openapi_bytes(),
             observe=self.metrics.http,
         )
-        self.amqp = self._amqp_transport(loaded) if broker else None
-        if self.amqp is not None:
-            self.announcer = Announcer(settings.rack, self.registry, self.amqp.announce)
-        self.registry.listen(self._count)
-        self._measure_disks()
 
     def _amqp_transport(self, loaded: Loaded) -> AmqpTransport:
         return AmqpTransport(
@@ -178,6 +182,7 @@ class App:
             await self._listen(again=True)
         await reach_storage(self.store, self.readiness)
         owner = await own_storage(self.store, self.registry, rack=self._settings.rack, take_over=self._take_over)
+        self.dispatcher.vouch = lambda: self._confirm_ownership(owner) if self._presence.doubtful else None
         self.clean_up.spare_older_than(owner)
         if self._settings.archive.enabled:
             self.archive = self._archive()
@@ -256,7 +261,6 @@ class App:
 
     async def _watch_ownership(self, owner: Owner) -> None:
         """Stop at once when the prefix is another's: nothing more is acknowledged here."""
-        self.dispatcher.vouch = lambda: self._confirm_ownership(owner) if self._presence.doubtful else None
         try:
             await watch_ownership(self.store, owner, period_s=_OWNER_PERIOD_S)
         except NotOwner as error:
@@ -265,12 +269,14 @@ class App:
 
     async def _confirm_ownership(self, owner: Owner) -> None:
         """After an absence: return if the storage is still ours. Raises ModelManagerError."""
-        try:
-            await confirm_ownership(self.store, owner)
-        except NotOwner as error:
-            self._lose_ownership(error)
-            raise ModelManagerError("ERR_SHUTTING_DOWN") from None
-        self._presence.trust()
+        while self._presence.doubtful:  # there may be another absence during the look
+            absences = self._presence.absences
+            try:
+                await confirm_ownership(self.store, owner)
+            except NotOwner as error:
+                self._lose_ownership(error)
+                raise ModelManagerError("ERR_SHUTTING_DOWN") from None
+            self._presence.trust(absences)
 
     def _lose_ownership(self, error: NotOwner) -> None:
         if not self._failed.is_set():

@@ -183,7 +183,7 @@ class Dispatcher:
 
     async def _vouched(self, method: Method) -> None:
         """Raises ModelManagerError when this process may have lost the storage: then nothing is acknowledged."""
-        if method.lane == "write" and self.vouch is not None and (doubt := self.vouch()) is not None:
+        if method.acknowledges and self.vouch is not None and (doubt := self.vouch()) is not None:
             await doubt
 
     @contextlib.asynccontextmanager

@@ -71,17 +71,20 @@ class LoopWatch:
         watchdog_s = supervisor.watchdog_s or limit_s
         self._period_s = min(_BEAT_S, limit_s / _BEATS_PER_LIMIT, watchdog_s / _BEATS_PER_LIMIT)
         self._last = _now()
-        self._doubt = False
+        self._trusted = 0
         self._over = threading.Event()
+        self.absences = 0
+        """How often the loop stood still for so long that the storage may be another's since."""
 
     @property
     def doubtful(self) -> bool:
-        """Whether the loop stood still for so long that the storage may be another's, and nobody has looked since."""
-        return self._doubt or _now() - self._last > _DOUBT_S
+        """Whether there was an absence, and nobody has looked whose the storage is since."""
+        self._beat()
+        return self.absences > self._trusted
 
-    def trust(self) -> None:
-        """The storage was found to be ours."""
-        self._doubt = False
+    def trust(self, absences: int) -> None:
+        """The storage was found to be ours, by a look that began after so many absences."""
+        self._trusted = absences
 
     async def run(self) -> None:
         """Beat until cancelled."""
@@ -90,15 +93,19 @@ class LoopWatch:
         self._supervisor.tell("READY=1")
         try:
             while True:
-                self._look()
-                self._doubt = self.doubtful
-                self._last = _now()
+                self._beat()
                 if self._supervisor.watchdog_s is not None:
                     self._supervisor.tell("WATCHDOG=1")
                 await asyncio.sleep(self._period_s)
         finally:
             self._over.set()
             self._supervisor.tell("STOPPING=1")
+
+    def _beat(self) -> None:
+        self._look()
+        now = _now()
+        self.absences += now - self._last > _DOUBT_S
+        self._last = now
 
     def _watch(self) -> None:
         while not self._over.wait(self._period_s):

@@ -340,6 +340,39 @@ async def test_the_old_registry_can_never_own_the_storage_again(tmp_path: Path) 
     await rack.close()
 
 
+class GatedStore(MemoryStore):
+    """Whoever reads the archive's pieces first waits until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: asyncio.Event | None = None
+        self.let_go = asyncio.Event()
+
+    async def get_document(self, name: str) -> Any:
+        if "/tail/" in name and self.waiting is not None and not self.waiting.is_set():
+            self.waiting.set()
+            await self.let_go.wait()
+        return await super().get_document(name)
+
+
+async def test_of_two_rebuilds_at_once_the_one_that_began_last_makes_a_registry(tmp_path: Path) -> None:
+    store = GatedStore()
+    rack = await opened(tmp_path, store)
+    await rack.store_bytes("net", "1.0.0", b"one")
+    await archive_of(rack).round()
+    await rack.registry.close()
+    store.waiting = asyncio.Event()
+    first = asyncio.create_task(rebuilt(store, tmp_path / "first"))
+    await store.waiting.wait()
+    done = await rebuilt(store, tmp_path / "second")
+    store.let_go.set()
+    with pytest.raises(NotOwner, match=r"epoch 3; this one is .*, epoch 2"):
+        await first
+    assert done.journal.epoch == 3
+    assert not list((tmp_path / "first").glob("*.jsonl"))
+    assert (await view_after_boot(tmp_path / "second"))["versions"].keys() == {"net"}
+
+
 async def test_a_registry_that_takes_over_goes_on_in_a_higher_epoch(tmp_path: Path) -> None:
     """Else a reader of changes would take the one for the other, and the archives would mix."""
     store = MemoryStore()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from schemas.errors import ModelManagerError
 from tests.stores import INFO, MIB, DiskPlace, Place, S3Place, chunked, content, read, sha256, zeros
 from worker.storage import disk
 from worker.storage.s3_layout import PART_BYTES_MIN
+from worker.storage.s3_stream import PARTS_OF_ALL
 
 
 @pytest.fixture
@@ -112,6 +114,33 @@ async def test_a_large_blob_on_s3_takes_little_memory(s3_place: S3Place) -> None
     assert await peak_kib("s3", s3_place.endpoint_url, s3_place.bucket) < 200 * 1024
 
 
+@pytest.mark.s3
+async def test_parts_of_many_streams_on_their_way_are_bounded_together(s3_place: S3Place) -> None:
+    store, lock = s3_place.store(), threading.Lock()
+    now = most = 0
+
+    def begun(**_: object) -> None:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+
+    def ended(**_: object) -> None:
+        nonlocal now
+        with lock:
+            now -= 1
+
+    events = store._calls.client.meta.events
+    events.register("before-send.s3.UploadPart", begun)
+    events.register("after-call.s3.UploadPart", ended)
+    size = 5 * PART_BYTES_MIN
+    sources = [zeros(size) for _ in range(6)]
+    puts = (store.put(store.new_key(), zero, info=INFO, size=None, sha256=None, max_size=size) for zero in sources)
+    await asyncio.gather(*puts)
+    assert PARTS_OF_ALL // 2 < most <= PARTS_OF_ALL
+    await store.close()
+
+
 async def test_nothing_blocks_the_event_loop(place: Place) -> None:
     """The best of three: a busy machine delays one of them now and then, a call that blocks delays each."""
     assert min([await worst_delay(place) for _ in range(3)]) < 0.3
@@ -148,4 +177,38 @@ async def test_a_document_is_not_waited_for_without_end_when_its_writer_is_froze
             await store.put_document("owner.json", b"{}", etag=None)
     assert caught.value.code == "ERR_STORAGE_UNAVAILABLE"
     assert (await store.put_document("owner.json", b"{}", etag=None)).data == b"{}"
+    await store.close()
+
+
+async def test_a_few_bytes_are_read_while_more_large_blobs_than_there_are_threads_are_hashed(tmp_path: Path) -> None:
+    store = disk.DiskStore(tmp_path)
+    small = await store.put(store.new_key(), chunked(b"small"), info=INFO, size=5, sha256=None, max_size=5)
+    large = [tmp_path / store.new_key() for _ in range(10)]
+    for path in large:
+        with path.open("wb") as file:
+            file.truncate(1024 * MIB)
+    hashing = [asyncio.create_task(store.hash(path.relative_to(tmp_path).as_posix())) for path in large]
+    await asyncio.sleep(0)
+    assert await store.read_at(small.key, 0, 5) == b"small"
+    assert not any(task.done() for task in hashing)
+    for task in hashing:
+        task.cancel()
+    await asyncio.wait(hashing)
+    await store.close()
+
+
+async def test_a_few_bytes_are_read_while_documents_wait_for_a_writer_that_is_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_LOCK_S", 60.0)
+    store = disk.DiskStore(tmp_path)
+    small = await store.put(store.new_key(), chunked(b"small"), info=INFO, size=5, sha256=None, max_size=5)
+    with (tmp_path / ".documents.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = [asyncio.create_task(store.put_document(f"{n}.json", b"{}", etag=None)) for n in range(10)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            assert await store.read_at(small.key, 0, 5) == b"small"
+        assert not any(task.done() for task in waiting)
+    await asyncio.gather(*waiting)
     await store.close()

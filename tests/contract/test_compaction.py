@@ -69,6 +69,7 @@ class History:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._live: dict[tuple[str, str], str] = {}
+        self._purged: list[tuple[str, str]] = []
         self._number = 0
         self._uploads: list[str] = []
 
@@ -84,6 +85,8 @@ class History:
 
     def _store(self, _: list[tuple[str, str]]) -> tuple[str, dict[str, Any]]:
         model, version = f"org/Model-{self._random.randrange(12)}", f"{self._number}.0"
+        if self._purged and self._random.random() < 0.3:
+            model, version = self._purged.pop()
         self._live[(model, version)] = "live"
         idem = {"key": f"request-{self._number}", "hash": "h"}
         return "store", store(model, version, self._number, idem=idem)
@@ -113,6 +116,7 @@ class History:
     def _purge(self, found: list[tuple[str, str]]) -> tuple[str, dict[str, Any]]:
         model, version = self._random.choice(found)
         del self._live[(model, version)]
+        self._purged.append((model, version))
         return "purge", {"model": model, "versions": [version]}
 
     def _alias(self, _: list[tuple[str, str]]) -> tuple[str, dict[str, Any]]:

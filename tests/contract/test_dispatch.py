@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from schemas.deadline import deadline
 from schemas.errors import ModelManagerError
 from tests.rack import LocalRack
 from worker.context import Context
@@ -82,6 +83,56 @@ async def test_a_deadline_ends_work_that_takes_too_long(rack: LocalRack) -> None
     assert gate.inside == 1
 
 
+async def test_a_place_is_given_back_whatever_becomes_of_the_request(rack: LocalRack) -> None:
+    dispatcher, gate = gated(rack, "restoreModel")
+
+    def begun(at: float | None = None) -> list[asyncio.Task[dict[str, Any]]]:
+        """As many as there are places and seats in the waiting room."""
+        context = Context(deadline=at)
+        return [asyncio.create_task(dispatcher.answer("restoreModel", b'{"modelId": "a"}', context)) for _ in range(10)]
+
+    async def filled() -> list[asyncio.Task[dict[str, Any]]]:
+        gate.inside = 0
+        tasks = begun()
+        while gate.inside < 2:
+            await asyncio.sleep(0)
+        return tasks
+
+    late = await asyncio.gather(*begun(time.monotonic() + 0.05))
+    assert {reply["error"]["code"] for reply in late} == {"ERR_DEADLINE_EXCEEDED"}
+    cancelled = await filled()
+    for task in cancelled:
+        task.cancel()
+    await asyncio.wait(cancelled)
+    taken = await filled()
+    gate.let_go.set()
+    assert all(reply["success"] for reply in await asyncio.gather(*taken))
+
+
+async def test_the_work_knows_the_deadline_of_its_request_and_of_no_other(rack: LocalRack) -> None:
+    known: list[float | None] = []
+
+    async def look(params: Any, context: Context) -> Any:
+        known.append(deadline.get())
+        return {"success": True}
+
+    rack.service.handlers["ping"] = look
+    at = time.monotonic() + 60
+    for context in (Context(deadline=at), Context()):
+        await rack.dispatcher.call("ping", {}, context)
+        assert deadline.get() is None
+    assert known == [at, None]
+
+
+async def test_work_that_gave_up_waiting_is_late(rack: LocalRack) -> None:
+    async def slow(params: Any, context: Context) -> Any:
+        raise TimeoutError
+
+    rack.service.handlers["ping"] = slow
+    answer = await rack.dispatcher.answer("ping", b"{}", Context())
+    assert answer["error"]["code"] == "ERR_DEADLINE_EXCEEDED"
+
+
 async def test_while_draining_lookups_are_answered_and_writes_refused(rack: LocalRack) -> None:
     rack.dispatcher.draining = True
     assert (await rack.call("listModels", {}))["success"] is True
@@ -127,3 +178,28 @@ async def test_slow_uploads_do_not_hold_up_other_writes(rack: LocalRack) -> None
     async with dispatcher.admit("storeModel", Context()), dispatcher.admit("storeModel", Context()):
         params = {"modelId": "net", "metadata": {"type": "custom"}, "modelData": ""}
         assert (await dispatcher.call("storeModel", params, Context()))["created"] is True
+
+
+async def test_nothing_is_acknowledged_by_a_process_that_lost_the_storage_and_lookups_go_on(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"x")
+    job = (await rack.call("validateModel", {"modelId": "net", "waitMs": 0}))["jobId"]
+
+    async def not_ours() -> None:
+        raise ModelManagerError("ERR_SHUTTING_DOWN")
+
+    rack.dispatcher.vouch = not_ours
+    for method, params in (
+        ("storeModel", {"modelId": "other", "metadata": {"type": "custom"}, "modelData": "QUJD"}),
+        ("getJob", {"jobId": job, "waitMs": 5000}),
+        ("cancelJob", {"jobId": job}),
+    ):
+        with pytest.raises(ModelManagerError, match="ERR_SHUTTING_DOWN"):
+            await rack.call(method, params)
+    with pytest.raises(ModelManagerError, match="ERR_SHUTTING_DOWN"):
+        async with rack.dispatcher.admit("storeModel", Context()):
+            pass
+    async with rack.dispatcher.admit("getModel", Context()):
+        pass
+    assert (await rack.call("getModelMetadata", {"modelId": "net"}))["size"] == 1
+    rack.dispatcher.vouch = lambda: None
+    assert (await rack.call("getJob", {"jobId": job}))["state"] == "succeeded"

@@ -86,6 +86,23 @@ async def test_a_job_is_cancelled_without_its_effect_or_succeeds_with_it_wheneve
     assert states == {"cancelled", "succeeded"}
 
 
+async def test_a_job_that_fails_when_it_is_cancelled_ends_once(rack: LocalRack) -> None:
+    ends: list[str] = []
+    rack.registry.listen(lambda entry: ends.append(entry.record["job"]) if entry.op == "job.end" else None)
+    file = {"path": "model.bin", "size": 1, "sha256": "sha256:" + "0" * 64}
+    upload = await rack.call("createUpload", {"modelId": "net", "version": "1.0.0", "files": [file]})
+    states = set()
+    for turns in range(30):
+        begun = await rack.call("completeUpload", {"uploadId": upload["uploadId"], "waitMs": 0})
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        state = (await rack.call("cancelJob", {"jobId": begun["jobId"]}))["state"]
+        assert (await ended(rack, begun["jobId"]))["state"] == state
+        assert ends.count(begun["jobId"]) == 1
+        states.add(state)
+    assert states == {"cancelled", "failed"}
+
+
 async def test_a_job_that_was_cut_off_is_done_after_the_next_boot(tmp_path: Path) -> None:
     rack = LocalRack(tmp_path, store=SlowDiskStore(tmp_path / "models")).open()
     await rack.store_bytes("net", "1.0.0", b"x")

@@ -189,6 +189,17 @@ async def test_an_aborted_upload_leaves_nothing(disk: LocalRack, s3: LocalRack) 
         assert await stored_keys(rack) == set()
 
 
+async def test_an_upload_that_is_aborted_after_its_bytes_were_verified_is_not_completed(disk: LocalRack) -> None:
+    upload = (await create(disk, a=b"one"))["uploadId"]
+    await receive(disk, upload, "a", b"one")
+    end = await disk.service.uploads.complete(upload, lambda name, value: None)
+    await disk.call("abortUpload", {"uploadId": upload})
+    await disk.clean_up.round()
+    assert await code(end()) == "ERR_CONFLICT"
+    assert (await disk.call("getUpload", {"uploadId": upload}))["state"] == "aborted"
+    assert await stored_keys(disk) == set()
+
+
 async def test_an_overdue_upload_is_ended_and_its_bytes_go(tmp_path: Path) -> None:
     rack = LocalRack(tmp_path, upload_s=-1.0).open()
     upload = (await create(rack, a=b"one"))["uploadId"]

@@ -10,14 +10,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.contract.test_compaction import History, append, opened
+from tests.contract.test_compaction import History, append, opened, store
 from tests.crash.disk import Disk
 from tests.crash.life import Life, boot
 from tests.crash.stage import FOLDER
-from tests.registry_view import view
+from tests.registry_view import compact_here, view, view_after_boot
+from worker.catalog.catalog import Totals
 from worker.journal import Entry, Files, Journal, JournalDamaged, JournalLocked, verify
 from worker.journal.lock import FolderLock
 from worker.journal.manifest import read_manifest
@@ -341,7 +343,10 @@ def test_records_whose_predecessors_are_lost_do_not_break_the_catalog(folder: Pa
     assert sequences(report) == {place.sequence for place in damaged}
     registry = opened(folder)
     seen = view(registry)
-    assert seen["totals"].versions >= 0
+    table = registry.catalog.table
+    there = [(table.model[row], table.version[row]) for row in range(len(table)) if registry.catalog.has_row(row)]
+    assert len(set(there)) == len(there)
+    assert seen["totals"].versions == table.visible().sum()
     asyncio.run(registry.close())
 
     async def go_on() -> None:
@@ -355,6 +360,45 @@ def test_records_whose_predecessors_are_lost_do_not_break_the_catalog(folder: Pa
         await registry.close()
 
     asyncio.run(go_on())
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["and kept", "and purged again"])
+def test_a_version_whose_purge_is_lost_is_not_there_beside_the_one_stored_after_it(folder: Path, gone: bool) -> None:
+    purge = {"model": "net", "versions": ["1.0"]}
+
+    async def history() -> None:
+        registry = opened(folder)
+        registry.start()
+        await append(registry, "store", store("other", "1.0", 1))
+        await append(registry, "store", store("net", "1.0", 2))
+        await append(registry, "purge", purge)
+        await append(registry, "store", store("net", "1.0", 3))
+        await append(registry, "alias", {"model": "net", "alias": "best", "version": "1.0", "previous": None})
+        if gone:
+            await append(registry, "purge", purge)
+        await registry.close()
+
+    asyncio.run(history())
+    whole = view_of(folder)
+    place = next(place for place in places(folder) if place.op == "purge")
+    flip(place.path, place.offset + 50)
+    assert sequences(repaired(folder)) == {place.sequence}
+    assert view_of(folder) == whole
+
+    async def go_on() -> None:
+        registry = opened(folder)
+        registry.start()
+        await compact_here(registry)
+        await append(registry, "purge", purge)
+        assert registry.catalog.totals == Totals(models=1, versions=1, bytes=11)
+        await registry.close()
+
+    asyncio.run(go_on())
+    assert set(view_of(folder)["versions"]) == {"other"}
+
+
+def view_of(folder: Path) -> dict[str, Any]:
+    return asyncio.run(view_after_boot(folder))
 
 
 def test_a_repair_that_was_made_survives_a_power_cut() -> None:

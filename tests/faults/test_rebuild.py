@@ -108,17 +108,6 @@ class Load:
             number += 1
 
 
-def listed(service: Service) -> set[str]:
-    names: set[str] = set()
-    cursor = ""
-    while True:
-        page = service.get(f"/api/models?limit=1000{cursor}")
-        names |= {entry["modelId"] for entry in page["models"]}
-        if not page.get("nextCursor"):
-            return names
-        cursor = f"&cursor={page['nextCursor']}"
-
-
 def test_a_registry_that_is_lost_under_load_is_made_of_the_storage_alone(processes: Processes, rack: Rack) -> None:
     service = rack.start(processes).until_ready()
     with Load(service) as load:
@@ -139,7 +128,7 @@ def test_a_registry_that_is_lost_under_load_is_made_of_the_storage_alone(process
     assert (done["fromEpoch"], done["epoch"], done["ownerClosedAt"]) == (1, 2, None)
     assert "not archived, is not known" in errors
     again = rack.start(processes).until_ready()
-    found = listed(again)
+    found = again.model_ids()
     old = {name for name, at in load.acknowledged.items() if at < killed - 3 * PERIOD_S}
     assert len(old) > 5
     assert old <= found, "all that is older than the lag is there"
@@ -169,7 +158,7 @@ def test_an_owner_that_is_taken_over_under_load_stops_by_itself(processes: Proce
     assert "epoch 2" in lost["reason"]
     assert done["ownerClosedAt"] == done["sequence"], "it said so, and then it closed its archive"
     new = rack.start(processes, registry_path="elsewhere").until_ready()
-    assert set(load.acknowledged) <= listed(new), "what it acknowledged before it noticed is there too"
+    assert set(load.acknowledged) <= new.model_ids(), "what it acknowledged before it noticed is there too"
     assert new.stop() == 0
 
 
@@ -186,7 +175,7 @@ def test_a_rebuild_goes_back_to_a_point_in_time(processes: Processes, rack: Rack
     assert (done["versions"], done["unknownBlobs"]) == (1, 1)
     assert done["ownerClosedAt"] is not None
     again = rack.start(processes).until_ready()
-    assert listed(again) == {"before"}
+    assert again.model_ids() == {"before"}
     assert again.stop() == 0
 
     # It was the wrong point: the bytes of the later one are still there, and so is its record, in the older epoch.
@@ -216,7 +205,7 @@ def test_a_backup_is_restored_to_its_end_or_to_a_point_in_a_new_epoch(processes:
     assert status == 0, errors
     assert (done["records"], done["epoch"], done["sequence"]) == (2, 2, backup["head"])
     again = rack.start(processes).until_ready()
-    assert listed(again) == {"first", "second"}
+    assert again.model_ids() == {"first", "second"}
     assert again.stop() == 0
     assert rack.start(processes, registry_path="old").status(30) == EXIT_CONFIG_INVALID
 
@@ -226,7 +215,7 @@ def test_a_backup_is_restored_to_its_end_or_to_a_point_in_a_new_epoch(processes:
     assert status == 0, errors
     assert (done["records"], done["epoch"]) == (1, 3)
     again = rack.start(processes).until_ready()
-    assert listed(again) == {"first"}
+    assert again.model_ids() == {"first"}
     assert again.stop() == 0
 
 

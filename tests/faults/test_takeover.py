@@ -71,17 +71,6 @@ class Load:
                 await asyncio.sleep(0.01)
 
 
-def listed(service: Service) -> set[str]:
-    names: set[str] = set()
-    cursor = ""
-    while True:
-        page = service.get(f"/api/models?limit=1000{cursor}")
-        names |= {entry["modelId"] for entry in page["models"]}
-        if not page.get("nextCursor"):
-            return names
-        cursor = f"&cursor={page['nextCursor']}"
-
-
 def rebuild(folder: Path, settings: dict[str, object]) -> float:
     """Make the registry again under another folder, as another host would; when the storage changed hands."""
     done = subprocess.run(
@@ -133,7 +122,7 @@ async def test_a_queue_worker_that_is_taken_over_stops_and_has_acknowledged_noth
     await load.until(len(before) + BEFORE)
     load.over = True
     await running
-    found = await asyncio.to_thread(listed, second)
+    found = await asyncio.to_thread(second.model_ids)
     after_taken = [name for name in before if load.acknowledged[name] > taken]
     missing = before - found
     print(

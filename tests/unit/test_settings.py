@@ -221,6 +221,15 @@ def test_a_secret_comes_from_its_file_without_the_line_end(folder: Folder) -> No
     assert (loaded.token, loaded.amqp_url) == ("s3cret", "s3cret")
 
 
+def test_a_broker_that_is_named_by_a_flag_is_the_one_and_not_that_of_the_file(folder: Folder) -> None:
+    file = folder.secret("amqp://file.example/")
+    assert (
+        folder.load({"amqp.urlFile": str(file)}, AMQP__URL="amqp://other.example/").amqp_url == "amqp://file.example/"
+    )
+    flags = {"amqp.urlFile": str(file), "amqp.url": "amqp://flag.example/"}
+    assert folder.load(flags).amqp_url == "amqp://flag.example/"
+
+
 @pytest.mark.parametrize(
     ("text", "mode", "why"), [("x", 0o604, "chmod 600"), ("", 0o600, "empty"), (" \n", 0o600, "empty")]
 )

@@ -234,6 +234,9 @@ class Catalog:
 
     def settle(self) -> None:
         """The replay is over."""
+        # A version is stored where there is none: of these the records that ended them were lost with a damage.
+        for row in self.table.stored_again():
+            self._end(row)
         self.blobs.settle((np.frombuffer(bytes(self.table.state), np.uint8) & FORGOTTEN) == 0)
         self._replaying = False
 
@@ -283,9 +286,7 @@ class Catalog:
     def _purge(self, record: Any, sequence: int, time_ms: int) -> None:
         self._note_tombstone(sequence, time_ms)
         for row in self._rows_of(record):
-            if row not in self.deleted:
-                self._hide(row)
-            self._forget(row)
+            self._end(row)
 
     def _note_tombstone(self, sequence: int, time_ms: int) -> None:
         self.tombstones.append(sequence)
@@ -294,6 +295,11 @@ class Catalog:
     def _rows_of(self, record: Any) -> list[int]:
         found = [self.table.find(record["model"], version) for version in record["versions"]]
         return [row for row in found if row != NO_ROW]
+
+    def _end(self, row: int) -> None:
+        if row not in self.deleted:
+            self._hide(row)
+        self._forget(row)
 
     def _forget(self, row: int) -> None:
         table = self.table
@@ -306,6 +312,8 @@ class Catalog:
         table.forget(row)
         if not self._replaying:
             self.blobs.forget(row, files)
+        if table.find(model, version) != NO_ROW:
+            return  # its aliases are those of the one that was stored later
         aliases = self.aliases.get(model.lower(), {})
         for alias in [alias for alias, (target, _) in aliases.items() if target == version]:
             self._drop_alias(model, alias)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from worker.catalog.records import IndexedRecord
 NO_ROW = 0xFFFF_FFFF
 QUARANTINED, DELETED, FORGOTTEN = 1, 2, 4
 _HIDDEN = DELETED | FORGOTTEN
+_MIX = 0x1E37_79B9_7F4A_7C15
 _WALKED = 16  # versions of one model that are compared one by one
 
 
@@ -42,6 +44,7 @@ class VersionTable:
         self._newest: dict[str, int] = {}  # by the model's id in lower case: ids are unique ignoring case
         self._version_names: dict[str, str] = {}  # one string object for each name
         self._by_name: dict[str, dict[str, int]] = {}  # of models with more than `_WALKED` versions
+        self._loaded = 0
 
     def __len__(self) -> int:
         return len(self.model)
@@ -138,6 +141,20 @@ class VersionTable:
         self._by_name.pop(key, None)
         self.state[row] |= FORGOTTEN
 
+    def stored_again(self) -> list[int]:
+        """The rows that are there although their version was stored once more later; none that were loaded."""
+        first, count = self._loaded, len(self) - self._loaded
+        models = np.fromiter(map(hash, islice(self.model, first, None)), np.int64, count)
+        names = models * _MIX ^ np.fromiter(map(hash, islice(self.version, first, None)), np.int64, count)
+        ordered = np.sort(names)
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+        if not len(repeated):
+            return []
+        rows = (np.flatnonzero(np.isin(names, repeated)) + first).tolist()
+        last = {(self.model[row], self.version[row]): row for row in rows}
+        there = [row for row in rows if not self.state[row] & FORGOTTEN]
+        return [row for row in there if last[self.model[row], self.version[row]] != row]
+
     def fingerprint(self) -> str:
         """A digest of what the rows that are there say: the same for the same versions stored in the same order."""
         there = (np.frombuffer(bytes(self.state), np.uint8) & FORGOTTEN) == 0
@@ -203,6 +220,7 @@ class VersionTable:
         self._version_names = {name: name for name in names}
         self.version = [names[code] for code in array("I", parts["version"].tobytes())]
         self.state = bytearray(parts["state"])
+        self._loaded = len(self)
         for column in ("type", "size", "created", "stored", "updated", "older"):
             getattr(self, column).frombytes(parts[column])
         kept = np.flatnonzero((np.frombuffer(bytes(self.state), np.uint8) & FORGOTTEN) == 0)

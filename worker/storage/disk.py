@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TextIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
@@ -42,6 +42,7 @@ _T = TypeVar("_T")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _BLOCK_BYTES = 1024 * 1024
 _HASH_BLOCK_BYTES = 4 * 1024 * 1024
+_HASH_TURN_BYTES = 16 * 1024 * 1024
 _LOCK_S = 5.0
 _LOCK_POLL_S = 0.02
 
@@ -145,30 +146,32 @@ class DiskStore:
         return await self._run(lambda: os.pread(file.fileno(), length, offset))
 
     async def hash(self, key: str, progress: Callable[[int], None] | None = None) -> StoredBlob:
-        loop = asyncio.get_running_loop()
+        digest, seen, block = hashlib.sha256(), 0, bytearray(_HASH_BLOCK_BYTES)
 
-        def tell(seen: int) -> None:
-            if progress is not None:
-                loop.call_soon_threadsafe(progress, seen)
+        def cold() -> BinaryIO:
+            file = open_blob(self._path(key), key)
+            # Bytes that went bad on the disk are not seen through the page cache.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return file
 
-        stop = False
-
-        def work() -> StoredBlob:
-            digest, seen, block = hashlib.sha256(), 0, memoryview(bytearray(_HASH_BLOCK_BYTES))
-            with open_blob(self._path(key), key) as file:
-                # Bytes that went bad on the disk are not seen through the page cache.
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                while (count := file.readinto(block)) and not stop:  # type: ignore[attr-defined]
-                    digest.update(block[:count])
-                    seen += count
-                    tell(seen)
-            return StoredBlob(key, seen, digest.hexdigest())
+        def turn() -> int:
+            done = 0
+            while done < _HASH_TURN_BYTES and (count := os.preadv(file.fileno(), [block], seen + done)):
+                digest.update(memoryview(block)[:count])
+                done += count
+            return done
 
         with observed(self._observe, "hash"):
+            file = await self._run(cold)
             try:
-                return await self._run(work)
+                # In turns, so that who wants a few bytes meanwhile does not wait for the whole.
+                while count := await self._run(turn):
+                    seen += count
+                    if progress is not None:
+                        progress(seen)
             finally:
-                stop = True
+                file.close()
+            return StoredBlob(key, seen, digest.hexdigest())
 
     # --- the rest ---
 
@@ -233,18 +236,28 @@ class DiskStore:
         return await self._run(work)
 
     async def put_document(self, name: str, data: bytes, *, etag: str | None) -> Document:
-        def work() -> Document:
+        def work() -> Document | None:
             path = self._document_path(name)
             make_folder(path.parent)
             with (self._root / ".documents.lock").open("a") as lock:
-                _take(lock)  # the whole look-and-write is one step
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the whole look-and-write is one step
+                except BlockingIOError:
+                    return None
                 current = _document(path.read_bytes()).etag if path.exists() else None
                 if current != etag:
                     raise ModelManagerError("ERR_CONFLICT", f"{name} is not as expected.")
                 replace(path, data)
             return _document(data)
 
-        return await self._run(work)
+        give_up = time.monotonic() + _LOCK_S
+        while (document := await self._run(work)) is None:
+            # Not for ever: who holds the lock may be frozen, and nothing can be taken from it while it may go on.
+            if time.monotonic() > give_up:
+                text = "Another process is writing to this storage and does not end; if it hangs, end it."
+                raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", text)
+            await asyncio.sleep(_LOCK_POLL_S)
+        return document
 
     async def close(self) -> None:
         for pool in (self._threads, self._hashers):
@@ -276,19 +289,6 @@ def _translating(work: Callable[[], _T]) -> _T:
         return work()
     except OSError as error:
         raise _translated(error) from error
-
-
-def _take(lock: TextIO) -> None:
-    """Not for ever: who holds it may be frozen, and nothing can be taken from it while it may go on."""
-    give_up = time.monotonic() + _LOCK_S
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > give_up:
-                text = "Another process is writing to this storage and does not end; if it hangs, end it."
-                raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", text) from None
-        time.sleep(_LOCK_POLL_S)
 
 
 def _document(data: bytes) -> Document:

@@ -38,7 +38,7 @@ from worker.upkeep.archive_layout import (
     piece_key,
     tails,
 )
-from worker.upkeep.ownership import DOCUMENT, NotOwner, Owner, read_owner
+from worker.upkeep.ownership import DOCUMENT, NotOwner, Owner, confirm_ownership, read_owner
 
 Report = Callable[[str, int, int], None]
 
@@ -131,6 +131,7 @@ async def rebuild(
         if not await _fetch(_Source(store, source, found[source], staging.path, progress), work, until):
             _check_end(found[source].manifest.last, work.head, until)
         done = await asyncio.to_thread(work.finish)
+        await confirm_ownership(store, owner)  # or another rebuild has begun since, and this one's would never boot
         await asyncio.to_thread(staging.commit)
     except PointUnreachable as error:
         raise CannotRebuild(f"the archive of epoch {source} does not go back so far: {error}") from None
