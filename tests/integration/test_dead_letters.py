@@ -329,6 +329,15 @@ async def test_letters_that_somebody_holds_are_refused_to_others(
     assert await numbers(amqp_url, rack) == [0, 1]
 
 
+async def test_commands_that_begin_at_once_hold_the_letters_one_after_the_other(
+    amqp_url: str, connection: AbstractConnection, rack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.transport.dead_letters.PATIENCE_S", 30.0)
+    await bury(connection, rack, 20)
+    found = await asyncio.gather(*(numbers(amqp_url, rack) for _ in range(4)))
+    assert found == [list(range(20))] * 4
+
+
 async def test_a_letter_that_the_queue_does_not_take_stays_dead(
     amqp_url: str, connection: AbstractConnection, rack: str, operator: Operator
 ) -> None:
