@@ -368,7 +368,9 @@ async def test_what_is_not_named_or_not_there_is_refused(
     await (await connection.channel()).queue_delete(dead_letter_queue(rack))
     assert rack in await operator.run("list", status=3)
     nobody = Operator(tmp_path, f"amqp://guest:guest@127.0.0.1:{free_port()}/", rack)
-    assert "cannot be reached" in await nobody.run("list", status=7)
+    assert "The broker cannot be reached." in await nobody.run("list", status=7)
+    misspelt = await Operator(tmp_path, "amqp://guest:se/cret@127.0.0.1/", rack).run("list", status=7)
+    assert "is not an AMQP URL" in misspelt and "cret" not in misspelt
 
 
 async def test_another_users_id_is_left_behind_and_the_letter_replayed(
