@@ -194,3 +194,24 @@ async def test_hints_end_aloud_when_their_connection_is_cut(amqp_url: str, rack:
         between.cut()
         with pytest.raises(Unreachable, match="lost"):
             await asyncio.wait_for(anext(heard), 20)
+
+
+@pytest.mark.parametrize("address", ["amqp://guest:se/cret@127.0.0.1/", "nonsense"])
+async def test_listening_at_what_is_no_address_is_refused_in_words_that_hold_nothing_of_it(address: str) -> None:
+    with pytest.raises(ModelManagerError, match="is not an AMQP URL") as refused:
+        await hints(address, "rack-2").__aenter__()
+    assert refused.value.code == "ERR_INVALID_REQUEST"
+    assert "cret" not in str(refused.value)
+
+
+async def test_a_broker_without_any_rack_is_told_from_one_that_is_not_there(rabbitmq: RabbitMQ, rack: str) -> None:
+    await asyncio.to_thread(rabbitmq.ctl, "add_vhost", rack)
+    try:
+        await asyncio.to_thread(rabbitmq.ctl, "set_permissions", "-p", rack, "guest", ".*", ".*", ".*")
+        async with calling(rabbitmq.url + rack, rack) as caller:
+            with pytest.raises(Unreachable, match="it has no exchange for requests"):
+                await caller.call("echo", {}, timeout_s=10)
+        with pytest.raises(Unreachable, match="it has no exchange for hints"):
+            await hints(rabbitmq.url + rack, rack).__aenter__()
+    finally:
+        await asyncio.to_thread(rabbitmq.ctl, "delete_vhost", rack)
