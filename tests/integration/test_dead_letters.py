@@ -362,6 +362,9 @@ async def test_what_is_not_named_or_not_there_is_refused(
     assert "--all" in await operator.run("replay", "0123456789abcdef", "--all", status=2)
     assert "--yes" in await operator.run("drop", "--all", status=2)
     assert "0123456789abcdef" in await operator.run("drop", "0123456789abcdef", "--yes", status=3)
+    process = operator.start("drop", "0123456789abcdef", "--yes", "-o", "json")
+    out, _ = await asyncio.to_thread(process.communicate, timeout=60)
+    assert json.loads(out) == {"success": False, "dropped": [], "kept": []}
     envelope = json.loads(await operator.run("show", "0123456789abcdef", "-o", "json", status=3))
     assert (envelope["success"], envelope["error"]["code"]) == (False, "ERR_NOT_FOUND")
     assert await numbers(amqp_url, rack) == [0]

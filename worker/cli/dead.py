@@ -215,7 +215,7 @@ def _settle(
         _on_letters(out, rack, amqp_url, work)
     except ModelManagerError as error:
         raise ModelManagerError(error.code, f"{error.message} {len(settled)} were {done} before.") from None
-    document = {"success": not kept, done: settled, "kept": kept}
+    document = {"success": not (kept or missing), done: settled, "kept": kept}
     out.result(document, lambda: [f"{len(settled)} {done}"])
     for each in kept:
         out.remark(f"{each['id']} was not {done}: {each['reason']}")
