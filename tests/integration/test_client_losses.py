@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 
@@ -13,20 +11,10 @@ from deploy.local import RabbitMQ
 from schemas.errors import ModelManagerError
 from schemas.wire import MAX_BODY_BYTES
 from tests.amqp import eventually, serving
+from tests.amqp_caller import calling
 from tests.wire import wire
-from worker.client.amqp_caller import AmqpCaller
 from worker.client.caller import Unreachable
 from worker.client.hints import hints
-
-
-@asynccontextmanager
-async def calling(url: str, rack: str) -> AsyncIterator[AmqpCaller]:
-    caller = AmqpCaller(url, rack)
-    try:
-        yield caller
-    finally:
-        await caller.close()
-        assert caller.in_flight == 0
 
 
 async def test_a_hundred_calls_outlive_a_cut_connection_with_one_effect_and_one_answer_each(
