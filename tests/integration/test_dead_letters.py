@@ -329,6 +329,19 @@ async def test_letters_that_somebody_holds_are_refused_to_others(
     assert await numbers(amqp_url, rack) == [0, 1]
 
 
+async def test_letters_that_another_tool_consumes_are_refused_too(
+    amqp_url: str, connection: AbstractConnection, rack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bury(connection, rack, 2)
+    monkeypatch.setattr("worker.transport.dead_letters.PATIENCE_S", 0.2)
+    channel = await connection.channel()
+    await channel.basic_consume(dead_letter_queue(rack), _nothing)
+    with pytest.raises(ModelManagerError, match="try again later"):
+        await numbers(amqp_url, rack)
+    await channel.close()
+    assert await numbers(amqp_url, rack) == [0, 1]
+
+
 async def test_commands_that_begin_at_once_hold_the_letters_one_after_the_other(
     amqp_url: str, connection: AbstractConnection, rack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
