@@ -13,6 +13,7 @@ from pathlib import Path
 from yarl import URL
 
 EXTERNAL = "EXTERNAL"
+NO_ADDRESS = "the broker's address is not an AMQP URL"
 _LONGEST_CHAIN = 8
 _FILES = ("cafile", "certfile", "keyfile")
 
@@ -51,7 +52,7 @@ def unusable_tls(
     """What keeps a connection from using these files, as the name of one of them and the reason."""
     if ca_file is None and certificate_file is None and key_file is None:
         return None
-    if URL(url).scheme != "amqps":
+    if _scheme(url) != "amqps":
         return "ca_file" if ca_file else "certificate_file", "the broker's address is not amqps://, so nothing uses it"
     if (certificate_file is None) != (key_file is None):
         return "key_file" if key_file else "certificate_file", "a certificate and its key go together"
@@ -85,9 +86,17 @@ def connect_failure(url: str, error: BaseException) -> str | None:
     """`tls_failure`, and a guess where the broker gave no reason."""
     if failure := tls_failure(error):
         return failure
-    if URL(url).scheme == "amqps" and any(isinstance(cause, ConnectionResetError) for cause in _causes(error)):
+    if _scheme(url) == "amqps" and any(isinstance(cause, ConnectionResetError) for cause in _causes(error)):
         return "the broker ended the connection during TLS; does it ask for a client certificate?"
     return None
+
+
+def _scheme(url: str) -> str:
+    """Empty for what is no URL."""
+    try:
+        return URL(url).scheme
+    except ValueError:
+        return ""
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import aiormq
 import pytest
@@ -12,9 +10,9 @@ import pytest
 from schemas.errors import ModelManagerError
 from tests.amqp import calling as bystander
 from tests.amqp import eventually, serving
+from tests.amqp_caller import calling
 from tests.ledger.proxy import Proxy
 from worker.client import amqp_caller
-from worker.client.amqp_caller import AmqpCaller
 from worker.transport import topology
 
 pytestmark = pytest.mark.broker
@@ -25,15 +23,6 @@ SOON_S = 0.3
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amqp_caller, "_WATCH_S", SOON_S)
-
-
-@asynccontextmanager
-async def calling(url: str, rack: str) -> AsyncIterator[AmqpCaller]:
-    caller = AmqpCaller(url, rack)
-    try:
-        yield caller
-    finally:
-        await caller.close()
 
 
 async def test_a_connection_whose_other_end_is_gone_is_found_while_calls_wait(amqp_url: str, rack: str) -> None:

@@ -103,7 +103,12 @@ async def connections(broker: SecuredBroker) -> list[dict[str, Any]]:
 
 async def test_a_password_works_over_tls(broker: SecuredBroker, authority: Authority, orchestrator: Identity) -> None:
     login = f"inference:{broker.passwords['inference']}"
-    await close_connection(await open_connection(trusting(broker.tls_url(login), authority, orchestrator), "test"))
+    connection = await open_connection(trusting(broker.tls_url(login), authority, orchestrator), "test")
+    try:
+        found = await connections(broker)
+    finally:
+        await close_connection(connection)
+    assert [(one["user"], one["auth_mechanism"], one["ssl"]) for one in found] == [("inference", "PLAIN", True)]
 
 
 async def test_a_broker_of_another_authority_is_not_trusted(

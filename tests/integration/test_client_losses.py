@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 
@@ -13,20 +11,10 @@ from deploy.local import RabbitMQ
 from schemas.errors import ModelManagerError
 from schemas.wire import MAX_BODY_BYTES
 from tests.amqp import eventually, serving
+from tests.amqp_caller import calling
 from tests.wire import wire
-from worker.client.amqp_caller import AmqpCaller
 from worker.client.caller import Unreachable
 from worker.client.hints import hints
-
-
-@asynccontextmanager
-async def calling(url: str, rack: str) -> AsyncIterator[AmqpCaller]:
-    caller = AmqpCaller(url, rack)
-    try:
-        yield caller
-    finally:
-        await caller.close()
-        assert caller.in_flight == 0
 
 
 async def test_a_hundred_calls_outlive_a_cut_connection_with_one_effect_and_one_answer_each(
@@ -194,3 +182,24 @@ async def test_hints_end_aloud_when_their_connection_is_cut(amqp_url: str, rack:
         between.cut()
         with pytest.raises(Unreachable, match="lost"):
             await asyncio.wait_for(anext(heard), 20)
+
+
+@pytest.mark.parametrize("address", ["amqp://guest:se/cret@127.0.0.1/", "nonsense"])
+async def test_listening_at_what_is_no_address_is_refused_in_words_that_hold_nothing_of_it(address: str) -> None:
+    with pytest.raises(ModelManagerError, match="is not an AMQP URL") as refused:
+        await hints(address, "rack-2").__aenter__()
+    assert refused.value.code == "ERR_INVALID_REQUEST"
+    assert "cret" not in str(refused.value)
+
+
+async def test_a_broker_without_any_rack_is_told_from_one_that_is_not_there(rabbitmq: RabbitMQ, rack: str) -> None:
+    await asyncio.to_thread(rabbitmq.ctl, "add_vhost", rack)
+    try:
+        await asyncio.to_thread(rabbitmq.ctl, "set_permissions", "-p", rack, "guest", ".*", ".*", ".*")
+        async with calling(rabbitmq.url + rack, rack) as caller:
+            with pytest.raises(Unreachable, match="it has no exchange for requests"):
+                await caller.call("echo", {}, timeout_s=10)
+        with pytest.raises(Unreachable, match="it has no exchange for hints"):
+            await hints(rabbitmq.url + rack, rack).__aenter__()
+    finally:
+        await asyncio.to_thread(rabbitmq.ctl, "delete_vhost", rack)

@@ -329,6 +329,28 @@ async def test_letters_that_somebody_holds_are_refused_to_others(
     assert await numbers(amqp_url, rack) == [0, 1]
 
 
+async def test_letters_that_another_tool_consumes_are_refused_too(
+    amqp_url: str, connection: AbstractConnection, rack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bury(connection, rack, 2)
+    monkeypatch.setattr("worker.transport.dead_letters.PATIENCE_S", 0.2)
+    channel = await connection.channel()
+    await channel.basic_consume(dead_letter_queue(rack), _nothing)
+    with pytest.raises(ModelManagerError, match="try again later"):
+        await numbers(amqp_url, rack)
+    await channel.close()
+    assert await numbers(amqp_url, rack) == [0, 1]
+
+
+async def test_commands_that_begin_at_once_hold_the_letters_one_after_the_other(
+    amqp_url: str, connection: AbstractConnection, rack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.transport.dead_letters.PATIENCE_S", 30.0)
+    await bury(connection, rack, 20)
+    found = await asyncio.gather(*(numbers(amqp_url, rack) for _ in range(4)))
+    assert found == [list(range(20))] * 4
+
+
 async def test_a_letter_that_the_queue_does_not_take_stays_dead(
     amqp_url: str, connection: AbstractConnection, rack: str, operator: Operator
 ) -> None:
@@ -353,13 +375,18 @@ async def test_what_is_not_named_or_not_there_is_refused(
     assert "--all" in await operator.run("replay", "0123456789abcdef", "--all", status=2)
     assert "--yes" in await operator.run("drop", "--all", status=2)
     assert "0123456789abcdef" in await operator.run("drop", "0123456789abcdef", "--yes", status=3)
+    process = operator.start("drop", "0123456789abcdef", "--yes", "-o", "json")
+    out, _ = await asyncio.to_thread(process.communicate, timeout=60)
+    assert json.loads(out) == {"success": False, "dropped": [], "kept": []}
     envelope = json.loads(await operator.run("show", "0123456789abcdef", "-o", "json", status=3))
     assert (envelope["success"], envelope["error"]["code"]) == (False, "ERR_NOT_FOUND")
     assert await numbers(amqp_url, rack) == [0]
     await (await connection.channel()).queue_delete(dead_letter_queue(rack))
     assert rack in await operator.run("list", status=3)
     nobody = Operator(tmp_path, f"amqp://guest:guest@127.0.0.1:{free_port()}/", rack)
-    assert "cannot be reached" in await nobody.run("list", status=7)
+    assert "The broker cannot be reached." in await nobody.run("list", status=7)
+    misspelt = await Operator(tmp_path, "amqp://guest:se/cret@127.0.0.1/", rack).run("list", status=7)
+    assert "is not an AMQP URL" in misspelt and "cret" not in misspelt
 
 
 async def test_another_users_id_is_left_behind_and_the_letter_replayed(

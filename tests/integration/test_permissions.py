@@ -248,11 +248,15 @@ def test_a_worker_takes_a_new_password_from_its_file_without_a_restart(broker: S
     with Processes(tmp_path) as processes:
         service = processes.start("worker", settings=settings).until_ready()
         try:
-            broker.server.ctl("change_password", "worker-rack-2", "the-new-password")
             address.write_text(broker.url("worker-rack-2", "a-wrong-password"))
             service.until(lambda: "do not work" in service.log, "a warning, and the old connections stay in use")
+            address.write_text(broker.url("worker-rack-2", "the-new-password").partition("@")[0])  # half written
+            service.until(lambda: "is not an AMQP URL" in service.log, "a warning for half an address")
+            assert "the-new" not in service.log
             assert service.ready
             address.write_text(broker.url("worker-rack-2", "the-new-password"))
+            service.until(lambda: service.log.count("do not work") == 3, "a warning for what the broker does not know")
+            broker.server.ctl("change_password", "worker-rack-2", "the-new-password")
             service.until(lambda: "use its new credentials" in service.log, "the new password is in use")
             assert service.ready
             service.until(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -35,12 +36,13 @@ class Socket(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.writes: list[bytes] = []
+        self.closing = False
 
     def write(self, data: Any) -> None:
         self.writes.append(bytes(data))
 
     def is_closing(self) -> bool:
-        return False
+        return self.closing
 
     def close(self) -> None: ...
 
@@ -68,6 +70,7 @@ class Opened:
             connection_tune=SimpleNamespace(frame_max=131_072),
             accept_consumer_cancel_ok=False,
         )
+        self.connection = connection
         self.channel = HotChannel(
             connection,
             delivered=self.delivered.append,
@@ -196,6 +199,14 @@ async def test_a_tap_knows_whether_all_that_was_sent_was_written() -> None:
     assert opened.tap.dropped
 
 
+async def test_a_tap_knows_that_a_socket_which_is_closing_takes_nothing_more() -> None:
+    opened = await Opened().open()
+    opened.socket.closing = True
+    opened.channel.reply("q", b"{}", correlation_id="c", headers=None, mandatory=False)
+    assert opened.written() == []
+    assert opened.tap.dropped
+
+
 async def test_what_failed_is_rejected_so_that_every_broker_counts_it_and_what_was_not_begun_is_not() -> None:
     opened = await Opened().open()
     for tag in (1, 2, 3):
@@ -216,8 +227,12 @@ async def test_what_failed_is_rejected_so_that_every_broker_counts_it_and_what_w
 async def test_closing_comes_behind_the_acknowledgements() -> None:
     opened = await Opened().open()
     opened.deliver(1)
-    opened.channel.ack(1)
-    await opened.asked(opened.channel.close(), Channel.CloseOk())
+
+    async def ack_and_close() -> None:  # in one turn
+        opened.channel.ack(1)
+        await opened.channel.close()
+
+    await opened.asked(ack_and_close(), Channel.CloseOk())
     assert [one.name for one in opened.written()] == ["Basic.Ack", "Channel.Close"]
     assert opened.channel.is_closed
     assert opened.order == ["replies", "lost"]
@@ -276,6 +291,46 @@ async def test_an_answer_that_nobody_waits_for_any_more_ends_nothing() -> None:
     assert opened.channel.is_closed and not opened.delivered
     assert opened.reader.exception() is None
     assert not opened.tap.is_taken(2047)
+
+
+async def test_a_broker_that_does_not_answer_costs_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hot_channel, "ANSWER_TIMEOUT_S", 0.05)
+    opened = await Opened().open()
+    with pytest.raises(LinkLostError, match="does not answer"):
+        await opened.channel.call(Basic.Qos(prefetch_count=1))
+    assert [one.name for one in opened.written()] == ["Basic.Qos", "Channel.Close"]
+    assert opened.channel.is_closed
+
+
+async def test_an_answer_to_another_question_is_none() -> None:
+    opened = await Opened().open()
+    with pytest.raises(LinkLostError, match=r"Basic\.Qos with Basic\.CancelOk"):
+        await opened.asked(opened.channel.call(Basic.Qos(prefetch_count=1)), Basic.CancelOk("t"))
+
+
+async def test_nothing_is_acknowledged_on_a_channel_that_the_broker_has_closed() -> None:
+    """It would end the connection, and all other channels on it."""
+    opened = await Opened().open()
+    opened.deliver(1)
+    opened.channel.ack(1)
+    opened.comes(Channel.Close(404, "NOT_FOUND - no queue", 60, 20))
+    assert [one.name for one in opened.written()] == ["Channel.CloseOk"]
+
+
+async def test_a_channel_on_a_connection_that_is_gone_is_lost_at_once() -> None:
+    opened = await Opened().open()
+    opened.tap.connection_lost(None)
+    with pytest.raises(LinkLostError, match="the connection was lost"):
+        async with asyncio.timeout(5):
+            await HotChannel(opened.connection).open()
+
+
+async def test_a_confirm_that_nobody_waits_for_any_more_fails_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    opened = await Opened().open()
+    opened.channel.confirmed(opened.channel.reply("q", b"{}", correlation_id="", headers=None, mandatory=True))
+    opened.comes(Channel.Close(404, "NOT_FOUND - no queue", 60, 20))
+    gc.collect()
+    assert caplog.text == ""
 
 
 def _of(*frames: Any) -> Callable[[], bytes]:

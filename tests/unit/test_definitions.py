@@ -64,7 +64,7 @@ def test_a_password_for_nobody_is_refused(tmp_path: Path) -> None:
 def test_a_password_that_everyone_can_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "inference").write_text("secret")
     (tmp_path / "inference").chmod(0o644)
-    printed("--passwords", tmp_path, status=8)
+    assert "readable by everyone" in printed("--passwords", tmp_path, status=8)
 
 
 def test_a_name_that_no_rack_can_have_is_refused() -> None:

@@ -14,7 +14,7 @@ import typer
 
 from schemas.errors import ModelManagerError
 from schemas.wire import timestamp
-from worker.cli.loading import AmqpUrl, Form, Rack, confirm, loaded_settings, started
+from worker.cli.loading import AmqpUrl, Form, Rack, broker_failures, confirm, loaded_settings, started
 from worker.cli.models import Yes
 from worker.cli.output import Format, Output, pairs, plain, size_text, table
 
@@ -215,7 +215,7 @@ def _settle(
         _on_letters(out, rack, amqp_url, work)
     except ModelManagerError as error:
         raise ModelManagerError(error.code, f"{error.message} {len(settled)} were {done} before.") from None
-    document = {"success": not kept, done: settled, "kept": kept}
+    document = {"success": not (kept or missing), done: settled, "kept": kept}
     out.result(document, lambda: [f"{len(settled)} {done}"])
     for each in kept:
         out.remark(f"{each['id']} was not {done}: {each['reason']}")
@@ -231,18 +231,15 @@ def _on_letters(
     loaded = loaded_settings(out, rack=rack, amqp_url=amqp_url)
 
     async def held() -> Any:
-        from worker.transport.connections import LinkLostError
         from worker.transport.dead_letters import dead_letters
 
-        try:
-            async with dead_letters(loaded.amqp_url, loaded.settings.rack) as letters:
-                if letters.remark:
-                    out.remark(f"warning: {letters.remark}")
-                return await work(letters)
-        except LinkLostError as error:
-            raise ModelManagerError("ERR_SHUTTING_DOWN", f"The broker: {error}.") from None
+        async with dead_letters(loaded.amqp_url, loaded.settings.rack) as letters:
+            if letters.remark:
+                out.remark(f"warning: {letters.remark}")
+            return await work(letters)
 
-    return asyncio.run(held())
+    with broker_failures():
+        return asyncio.run(held())
 
 
 def _summary(letter: DeadLetter) -> dict[str, Any]:

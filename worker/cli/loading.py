@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +37,18 @@ def loaded_settings(
     for warning in loaded.warnings:
         output.remark(f"warning: {warning}")
     return loaded
+
+
+@contextmanager
+def broker_failures() -> Iterator[None]:
+    """Tell of a broker that cannot be reached, or is lost, as ERR_SHUTTING_DOWN."""
+    from worker.transport.connections import LinkLostError
+
+    try:
+        yield
+    except LinkLostError as error:
+        reason = str(error)
+        raise ModelManagerError("ERR_SHUTTING_DOWN", f"{reason[0].upper()}{reason[1:]}.") from None
 
 
 def confirm(what: str, yes: bool) -> None:

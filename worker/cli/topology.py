@@ -11,7 +11,7 @@ import typer
 
 from schemas.errors import ModelManagerError
 from worker.cli.definitions import print_definitions
-from worker.cli.loading import AmqpUrl, Form, Rack, loaded_settings, started
+from worker.cli.loading import AmqpUrl, Form, Rack, broker_failures, loaded_settings, started
 from worker.cli.output import Format, Output, plain
 
 if TYPE_CHECKING:
@@ -101,30 +101,17 @@ async def on_broker(loaded: Loaded, work: Callable[[Any, str], Awaitable[list[Pr
     """What `work` finds wrong with the rack on a connection of its own."""
     from worker.transport.connections import close_connection, open_connection
 
-    async def connected() -> list[Problem]:
+    with broker_failures():
         connection = await open_connection(loaded.amqp_url, "model-manager-cli")
         try:
             return await work(connection, loaded.settings.rack)
         finally:
             await close_connection(connection)
 
-    return await _told(connected)
-
 
 async def _probed(loaded: Loaded) -> list[Problem]:
     from worker.transport.dead_letter_probe import probe
 
-    async def probed() -> list[Problem]:
+    with broker_failures():
         problem = await probe(loaded.amqp_url, loaded.settings.rack)
-        return [] if problem is None else [problem]
-
-    return await _told(probed)
-
-
-async def _told(work: Callable[[], Awaitable[list[Problem]]]) -> list[Problem]:
-    from worker.transport.connections import LinkLostError
-
-    try:
-        return await work()
-    except LinkLostError as error:
-        raise ModelManagerError("ERR_SHUTTING_DOWN", f"The broker: {error}.") from None
+    return [] if problem is None else [problem]

@@ -8,35 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractIncomingMessage
-from aio_pika.exceptions import (
-    CONNECTION_EXCEPTIONS,
-    AuthenticationError,
-    ChannelNotFoundEntity,
-    DeliveryError,
-    ProbableAuthenticationError,
-    PublishError,
-)
-from aiormq.exceptions import ChannelAccessRefused
+from aio_pika.exceptions import ChannelNotFoundEntity, DeliveryError, PublishError
 
 from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
 from schemas.rpc import METHODS
 from schemas.wire import MAX_BODY_BYTES, dump, parse_object
-from worker.broker_url import connect_failure, login_of
+from worker.broker_url import login_of
 from worker.client.caller import Unreachable, error_of, no_answer, until_answered
-from worker.client.connecting import close, connect
+from worker.client.connecting import CONNECT_S, close, connect, losses
 
 RPC_EXCHANGE = "model-manager.rpc"
 MAX_REPLY_BYTES = 16 * 1024**2
-_HEARTBEAT_S = 10
-_CONNECT_S = 10.0
 _CLOSE_S = 5.0
 _WATCH_S = 5.0
 _RESEND_S = 10.0
@@ -76,7 +65,7 @@ class _Link:
             if not self.waiters or await self._blocked():
                 continue
             try:
-                with _lost():
+                with losses():
                     await self.channel.declare_queue(self.reply_to, passive=True, timeout=_WATCH_S)
             except (Unreachable, ChannelNotFoundEntity):
                 if not await self._blocked():
@@ -212,7 +201,7 @@ class AmqpCaller:
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if confirm.done():
-                with _lost(link):
+                with losses(link.lose):
                     await confirm
             request.taken = True
         except PublishError:
@@ -252,18 +241,9 @@ class AmqpCaller:
         task.add_done_callback(self._leaving.discard)
 
     async def _open(self) -> _Link:
+        connection = await connect(self._url, passing=self._reached)
         try:
-            async with asyncio.timeout(_CONNECT_S):
-                connection = await connect(self._url, heartbeat_s=_HEARTBEAT_S)
-        except (AuthenticationError, ProbableAuthenticationError):
-            raise ModelManagerError("ERR_UNAUTHORIZED", "The broker refuses the login.") from None
-        except ValueError:
-            raise ModelManagerError("ERR_INVALID_REQUEST", "The broker's address is not an AMQP URL.") from None
-        except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
-            reason = connect_failure(self._url, error) or "the broker cannot be reached"
-            raise Unreachable(f"{reason[0].upper()}{reason[1:]}.", passing=self._reached) from None
-        try:
-            async with asyncio.timeout(_CONNECT_S):
+            async with asyncio.timeout(CONNECT_S):
                 link = await self._prepare(connection)
         except TimeoutError:
             self._leave(connection)
@@ -278,7 +258,7 @@ class AmqpCaller:
 
     async def _prepare(self, connection: AbstractConnection) -> _Link:
         try:
-            with _lost():
+            with losses():
                 channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
                 exchange = await channel.get_exchange(RPC_EXCHANGE, ensure=True)
                 replies = await channel.declare_queue(exclusive=True, auto_delete=True)
@@ -339,30 +319,3 @@ def _noted(opening: asyncio.Task[_Link]) -> None:
     """Look at the failure, for whoever waited for it may have given up."""
     if not opening.cancelled():
         opening.exception()
-
-
-@contextmanager
-def _lost(link: _Link | None = None) -> Iterator[None]:
-    """Turn the many signs of a lost connection into Unreachable, and end the waiters of `link`.
-
-    One of them is a CancelledError that nobody sent. Refusals by the broker are no such signs, and pass.
-    """
-    try:
-        yield
-    except (DeliveryError, ChannelNotFoundEntity):
-        raise
-    except ChannelAccessRefused:
-        if link is not None:
-            link.lose()
-        raise ModelManagerError("ERR_FORBIDDEN", "The broker does not allow this login to do that.") from None
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-    except CONNECTION_EXCEPTIONS:
-        pass
-    else:
-        return
-    if link is not None:
-        link.lose()
-    raise Unreachable("The connection to the broker was lost.", passing=True)

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AuthenticationError, ProbableAuthenticationError
-from aiormq.exceptions import ChannelAccessRefused
+from aio_pika.exceptions import ChannelNotFoundEntity
 
 from schemas.errors import ModelManagerError
 from schemas.hints import Hint
 from schemas.ids import new_ulid
 from schemas.wire import parse_object
-from worker.broker_url import connect_failure
 from worker.client.caller import Unreachable
-from worker.client.connecting import connect
+from worker.client.connecting import CONNECT_S, connect, losses
 
 HINTS_EXCHANGE = "model-manager.hints"
-_HEARTBEAT_S = 10
-_CONNECT_S = 10.0
 _MAX_WAITING = 10_000
 
 
@@ -32,7 +28,7 @@ async def hints(url: str, listener: str) -> AsyncIterator[AsyncIterator[Hint]]:
 
     The iterator ends with `Unreachable` when the connection is lost: enter again, and ask `getChanges` for what was
     announced meanwhile. The oldest of more than 10,000 hints that nobody has taken are dropped. Raises
-    ERR_UNAUTHORIZED or ERR_FORBIDDEN when the broker refuses.
+    `Unreachable`, ERR_UNAUTHORIZED or ERR_FORBIDDEN when the broker refuses, ERR_INVALID_REQUEST for what is no `url`.
 
         async with hints("amqp://guest:guest@127.0.0.1/", "rack-2") as heard:
             async for hint in heard:
@@ -49,38 +45,34 @@ async def hints(url: str, listener: str) -> AsyncIterator[AsyncIterator[Hint]]:
     def lost(*_: object) -> None:
         waiting.put_nowait(None)
 
-    connection = await _connected(url)
+    connection = await connect(url)
     try:
-        with _refusals(url):
-            channel = await connection.channel()
-            connection.close_callbacks.add(lost)
-            channel.close_callbacks.add(lost)
-            # Not named by the broker, since callers may have replies sent to `amq.gen-*`.
-            queue = await channel.declare_queue(f"model-manager-{listener}.hints.{new_ulid()}", exclusive=True)
-            await queue.bind(HINTS_EXCHANGE)
-            await queue.consume(take, no_ack=True)
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                await _consume(connection, listener, take, lost)
+        except TimeoutError:
+            raise Unreachable("The broker does not answer.") from None
+        except ChannelNotFoundEntity:
+            raise Unreachable("No rack is set up on that broker: it has no exchange for hints.") from None
         yield _until_lost(waiting)
     finally:
         await connection.close()
 
 
-async def _connected(url: str) -> AbstractConnection:
-    with _refusals(url):
-        async with asyncio.timeout(_CONNECT_S):
-            return await connect(url, heartbeat_s=_HEARTBEAT_S)
-
-
-@contextmanager
-def _refusals(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (AuthenticationError, ProbableAuthenticationError):
-        raise ModelManagerError("ERR_UNAUTHORIZED", "The broker refuses the login.") from None
-    except ChannelAccessRefused:
-        raise ModelManagerError("ERR_FORBIDDEN", "The broker does not allow this login to do that.") from None
-    except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
-        reason = connect_failure(url, error) or "the broker cannot be reached"
-        raise Unreachable(f"{reason[0].upper()}{reason[1:]}.") from None
+async def _consume(
+    connection: AbstractConnection,
+    listener: str,
+    take: Callable[[AbstractIncomingMessage], Awaitable[None]],
+    lost: Callable[..., None],
+) -> None:
+    with losses():
+        channel = await connection.channel()
+        connection.close_callbacks.add(lost)
+        channel.close_callbacks.add(lost)
+        # Not named by the broker, since callers may have replies sent to `amq.gen-*`.
+        queue = await channel.declare_queue(f"model-manager-{listener}.hints.{new_ulid()}", exclusive=True)
+        await queue.bind(HINTS_EXCHANGE)
+        await queue.consume(take, no_ack=True)
 
 
 async def _until_lost(waiting: asyncio.Queue[dict[str, Any] | None]) -> AsyncIterator[Hint]:

@@ -20,7 +20,7 @@ from aiormq.connection import Connection, TransportFactory
 from aiormq.exceptions import AMQPError, AuthenticationError, DeliveryError, ProbableAuthenticationError
 from yarl import URL
 
-from worker.broker_url import connect_failure
+from worker.broker_url import NO_ADDRESS, connect_failure
 from worker.transport import amqp_decoding
 from worker.transport.frame_tap import FrameTap
 
@@ -138,8 +138,12 @@ async def open_connection(url: str, name: str) -> BrokerConnection:
     """A connection shown as `name` at the broker; LinkLostError when there is none within `CONNECT_TIMEOUT_S`."""
     amqp_decoding.install()
     try:
+        address = URL(url).update_query(heartbeat=str(HEARTBEAT_S), name=name)
+    except ValueError:  # its trace would show the password
+        raise LinkLostError(NO_ADDRESS) from None
+    try:
         with link_failures():
-            connection = BrokerConnection(URL(url).update_query(heartbeat=str(HEARTBEAT_S), name=name))
+            connection = BrokerConnection(address)
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
                     await connection.connect()
@@ -171,7 +175,7 @@ async def close_connection(connection: BrokerConnection) -> None:
                     await connection.write_queue.join()  # acknowledgements among it, which aiormq would drop
                 await connection.close()
     except LinkLostError:
-        pass
+        pass  # gone already, and that is all that was wanted
     if not connection.closing.done():
         await asyncio.wait([connection.closing], timeout=CLOSE_TIMEOUT_S)
 

@@ -16,7 +16,7 @@ from pamqp.commands import Basic
 
 from worker.transport.deliveries import read_request
 from worker.transport.hot_channel import Message
-from worker.transport.replies import DEATH_HEADERS, REASON_PREFIX, ROUTING_HEADERS, encodable
+from worker.transport.replies import DEATH_HEADERS, REASON_PREFIX, ROUTING_HEADERS, encodable, kept_properties
 
 ID_CHARACTERS = 16
 KEY_HEADER = "x-idempotency-key"
@@ -122,17 +122,6 @@ def request_properties(letter: DeadLetter) -> Basic.Properties:
     if KEY_HEADER not in headers and not original.message_id:
         # Publishing makes up a message_id, which would be a new key each time.
         headers[KEY_HEADER] = read_request(letter.message).context.idempotency_key or f"dead-{letter.id}"
-    return Basic.Properties(
-        content_type=original.content_type,
-        content_encoding=original.content_encoding,
-        headers=headers,
-        delivery_mode=2,
-        priority=original.priority,
-        correlation_id=original.correlation_id,
-        reply_to=original.reply_to,
-        message_id=original.message_id,
-        timestamp=original.timestamp,
-        message_type=original.message_type,
-        user_id=original.user_id,
-        app_id=original.app_id,
-    )
+    properties = kept_properties(original, headers)
+    properties.user_id = original.user_id
+    return properties

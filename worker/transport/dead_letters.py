@@ -19,6 +19,7 @@ from functools import partial
 
 from aiormq.exceptions import (
     ChannelAccessRefused,
+    ChannelLockedResource,
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
     DeliveryError,
@@ -39,7 +40,7 @@ from worker.transport.connections import (
 from worker.transport.dead_letter import DeadLetter, read_letter, request_properties
 from worker.transport.hot_channel import HotChannel, Message
 from worker.transport.replies import Outlet
-from worker.transport.topology import RPC_EXCHANGE, dead_letter_queue, examine, topology
+from worker.transport.topology import RPC_EXCHANGE, dead_letter_hold, dead_letter_queue, examine, topology
 
 CONNECTION_NAME = "model-manager-cli"
 ANSWER_TIMEOUT_S = 30.0
@@ -83,7 +84,7 @@ class DeadLetters:
         """Take them. ERR_NOT_FOUND: there is no such queue. ERR_CONFLICT: somebody else takes from it."""
         await self._compare()
         deadline = time.monotonic() + PATIENCE_S
-        while (declared := await self._declared()).consumer_count:
+        while not await self._claimed() or (declared := await self._declared()).consumer_count:
             if time.monotonic() > deadline:
                 raise ModelManagerError("ERR_CONFLICT", f"Somebody else reads {self._queue} now; try again later.")
             await asyncio.sleep(_POLL_S)
@@ -204,6 +205,23 @@ class DeadLetters:
         except LinkLostError:
             if self._settled:
                 raise
+
+    async def _claimed(self) -> bool:
+        """Whether no other command holds them; it is so until this connection ends.
+
+        The number of consumers alone does not tell it of two that begin at once, and a quorum queue lets several
+        exclusive consumers in (seen on 3.10).
+        """
+        channel = await open_channel(self._connection, confirms=False)
+        with link_failures():
+            try:
+                await channel.queue_declare(dead_letter_hold(self._rack), exclusive=True, timeout=ANSWER_TIMEOUT_S)
+            except ChannelLockedResource:
+                return False
+            except ChannelAccessRefused:
+                return True  # a login that may only read claims nothing
+            await channel.close()
+        return True
 
     async def _declared(self) -> Queue.DeclareOk:
         channel = await open_channel(self._connection, confirms=False)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from worker.broker_url import NO_ADDRESS
 from worker.settings import SettingsError
 from worker.transport.connections import BrokerConnection, LinkLostError, close_connection, open_connection
 
@@ -45,6 +46,8 @@ class Broker:
             url = await asyncio.to_thread(self.address)
         except SettingsError:
             raise LinkLostError("the file with the broker's address cannot be read") from None
+        except ValueError:
+            raise LinkLostError(NO_ADDRESS) from None
         return await open_connection(url, name)
 
 

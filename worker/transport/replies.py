@@ -318,10 +318,15 @@ def _dead_letter_properties(message: Message, code: str, reason: str) -> Basic.P
     headers = {name: value for name, value in encodable(original.headers or {}).items() if not _is_ours(name)}
     if isinstance(original.headers, UnreadableTable) or not _fits(headers):
         headers = {}
+    return kept_properties(original, {**headers, **refused})
+
+
+def kept_properties(original: Basic.Properties, headers: FieldTable) -> Basic.Properties:
+    """For a message sent on, persistent, with these headers: what its sender said, but `expiration` and `user_id`."""
     return Basic.Properties(
         content_type=original.content_type,
         content_encoding=original.content_encoding,
-        headers={**headers, **refused},
+        headers=headers,
         delivery_mode=2,
         priority=original.priority,
         correlation_id=original.correlation_id,

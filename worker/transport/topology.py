@@ -91,6 +91,11 @@ def dead_letter_queue(rack: str) -> str:
     return f"model-manager-{rack}.dead"
 
 
+def dead_letter_hold(rack: str) -> str:
+    """The exclusive queue of whoever holds the rack's dead letters; it is always empty."""
+    return f"{dead_letter_queue(rack)}.held"
+
+
 def new_hint_queue(rack: str) -> str:
     """A name for one listener's exclusive queue; not the broker's choice, since callers may reply to `amq.gen-*`."""
     return f"model-manager-{rack}.hints.{new_ulid()}"
