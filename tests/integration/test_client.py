@@ -49,7 +49,7 @@ async def test_an_error_body_is_raised_as_the_error_it_is(amqp_url: str, rack: s
         assert caught.value.code == "ERR_MODEL_NOT_FOUND"
 
 
-async def test_a_request_carries_its_deadline_and_its_key(amqp_url: str, rack: str) -> None:
+async def test_a_request_carries_its_deadline_its_key_and_when_it_was_sent(amqp_url: str, rack: str) -> None:
     async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
         await caller.call("count", {}, timeout_s=10, idempotency_key="K")
         context = served.dispatcher.contexts[0]
@@ -57,6 +57,7 @@ async def test_a_request_carries_its_deadline_and_its_key(amqp_url: str, rack: s
         assert context.idempotency_key.endswith("K")
         assert context.deadline is not None
         assert 5 < context.deadline - time.monotonic() < 10.5
+        assert served.observer.counts["queue_wait"] == 1
 
 
 async def test_a_repeat_with_the_same_key_has_no_further_effect(amqp_url: str, rack: str) -> None:

@@ -302,6 +302,7 @@ class _Request:
             correlation_id=correlation_id,
             user_id=link.user_id,  # the broker refuses any but the login, so the worker can trust it
             message_id=new_ulid(),  # new for each publish: returns are matched by it
+            timestamp=time.time(),  # the worker's metric of the wait in its queue is made of it
             expiration=left_s,
             headers=dict(headers),
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT if effect else aio_pika.DeliveryMode.NOT_PERSISTENT,
