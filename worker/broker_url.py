@@ -46,13 +46,22 @@ def login_of(url: str) -> str | None:
     return parts.user or "guest"
 
 
+def is_address(url: str) -> bool:
+    """Whether it names a broker and how to talk to it."""
+    try:
+        parts = URL(url)
+        return parts.scheme in ("amqp", "amqps") and bool(parts.host)
+    except ValueError:
+        return False
+
+
 def unusable_tls(
     url: str, *, ca_file: Path | None, certificate_file: Path | None, key_file: Path | None
 ) -> tuple[str, str] | None:
     """What keeps a connection from using these files, as the name of one of them and the reason."""
     if ca_file is None and certificate_file is None and key_file is None:
         return None
-    if _scheme(url) != "amqps":
+    if URL(url).scheme != "amqps":
         return "ca_file" if ca_file else "certificate_file", "the broker's address is not amqps://, so nothing uses it"
     if (certificate_file is None) != (key_file is None):
         return "key_file" if key_file else "certificate_file", "a certificate and its key go together"
@@ -86,17 +95,9 @@ def connect_failure(url: str, error: BaseException) -> str | None:
     """`tls_failure`, and a guess where the broker gave no reason."""
     if failure := tls_failure(error):
         return failure
-    if _scheme(url) == "amqps" and any(isinstance(cause, ConnectionResetError) for cause in _causes(error)):
+    if URL(url).scheme == "amqps" and any(isinstance(cause, ConnectionResetError) for cause in _causes(error)):
         return "the broker ended the connection during TLS; does it ask for a client certificate?"
     return None
-
-
-def _scheme(url: str) -> str:
-    """Empty for what is no URL."""
-    try:
-        return URL(url).scheme
-    except ValueError:
-        return ""
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -22,7 +22,7 @@ from pydantic.alias_generators import to_camel, to_snake
 from schemas.errors import ModelManagerError
 from schemas.ids import ModelType, Rack
 from schemas.wire import parse_object
-from worker.broker_url import unusable_tls, with_tls
+from worker.broker_url import is_address, unusable_tls, with_tls
 
 _UNITS = (
     {"": 1, "B": 1}
@@ -196,9 +196,13 @@ class Loaded:
 
 
 def _plain_amqp_url(amqp: AmqpSettings, origins: Mapping[str, str]) -> str:
-    if amqp.url_file is None or origins.get("amqp.url") == "flag":
-        return amqp.url.get_secret_value()
-    return read_secret(amqp.url_file, "amqp.urlFile")
+    file = _url_file(amqp, origins)
+    return amqp.url.get_secret_value() if file is None else read_secret(file, "amqp.urlFile")
+
+
+def _url_file(amqp: AmqpSettings, origins: Mapping[str, str]) -> Path | None:
+    """The file that has the broker's address, unless a flag has it."""
+    return None if origins.get("amqp.url") == "flag" else amqp.url_file
 
 
 @dataclass(slots=True)
@@ -371,10 +375,15 @@ def _unusable(settings: Settings) -> Iterator[tuple[str, str]]:
 
 def _unusable_broker(amqp: AmqpSettings, origins: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     try:
-        problem = unusable_tls(_plain_amqp_url(amqp, origins), **amqp.tls)
+        url = _plain_amqp_url(amqp, origins)
     except SettingsError as error:
         yield "amqp.urlFile", error.problems[0]
         return
+    if not is_address(url):
+        key = "amqp.url" if _url_file(amqp, origins) is None else "amqp.urlFile"
+        yield key, "is not an AMQP URL: amqp://USER:PASSWORD@HOST/VHOST, each part quoted"
+        return
+    problem = unusable_tls(url, **amqp.tls)
     if problem is not None:
         name, why = problem
         yield f"amqp.{to_camel(name)}", why

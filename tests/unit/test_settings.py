@@ -216,9 +216,8 @@ def test_a_folder_in_place_of_a_file_is_told(folder: Folder) -> None:
 
 
 def test_a_secret_comes_from_its_file_without_the_line_end(folder: Folder) -> None:
-    file = folder.secret("s3cret\n")
-    loaded = folder.load({"http.tokenFile": str(file), "amqp.urlFile": str(file)})
-    assert (loaded.token, loaded.amqp_url) == ("s3cret", "s3cret")
+    assert folder.load({"http.tokenFile": str(folder.secret("s3cret\n"))}).token == "s3cret"
+    assert folder.load({"amqp.urlFile": str(folder.secret("amqp://broker/\n"))}).amqp_url == "amqp://broker/"
 
 
 def test_a_broker_that_is_named_by_a_flag_is_the_one_and_not_that_of_the_file(folder: Folder) -> None:
@@ -228,6 +227,14 @@ def test_a_broker_that_is_named_by_a_flag_is_the_one_and_not_that_of_the_file(fo
     )
     flags = {"amqp.urlFile": str(file), "amqp.url": "amqp://flag.example/"}
     assert folder.load(flags).amqp_url == "amqp://flag.example/"
+
+
+@pytest.mark.parametrize("address", ["broker", "http://broker/", "amqp:///vhost", "amqp://user:cut/short@broker/"])
+def test_what_is_no_address_of_a_broker_stops_the_boot(folder: Folder, address: str) -> None:
+    given = folder.problems({"amqp.url": address})
+    read = folder.problems({"amqp.urlFile": str(folder.secret(address))})
+    why = "(flag): is not an AMQP URL: amqp://USER:PASSWORD@HOST/VHOST, each part quoted"
+    assert (given, read) == ([f"amqp.url {why}"], [f"amqp.urlFile {why}"])
 
 
 @pytest.mark.parametrize(
