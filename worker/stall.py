@@ -30,6 +30,8 @@ EXIT_STALLED: Final = ERRORS["ERR_INTERNAL"].exit_code
 _BEAT_S = 1.0
 _BEATS_PER_LIMIT = 4
 _DOUBT_S = 5.0
+ABSENT_TURN_S: Final = _DOUBT_S - _BEAT_S
+"""A turn of the event loop that took longer was one of an absence: the beat before it may be that old itself."""
 _CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 _log = structlog.get_logger()
@@ -70,7 +72,7 @@ class LoopWatch:
         self._supervisor = supervisor
         watchdog_s = supervisor.watchdog_s or limit_s
         self._period_s = min(_BEAT_S, limit_s / _BEATS_PER_LIMIT, watchdog_s / _BEATS_PER_LIMIT)
-        self._last = _now()
+        self._last = clock()
         self._trusted = 0
         self._over = threading.Event()
         self.absences = 0
@@ -88,7 +90,7 @@ class LoopWatch:
 
     async def run(self) -> None:
         """Beat until cancelled."""
-        self._last = _now()
+        self._last = clock()
         threading.Thread(target=self._watch, name="loop-watch", daemon=True).start()
         self._supervisor.tell("READY=1")
         try:
@@ -103,7 +105,7 @@ class LoopWatch:
 
     def _beat(self) -> None:
         self._look()
-        now = _now()
+        now = clock()
         self.absences += now - self._last > _DOUBT_S
         self._last = now
 
@@ -112,13 +114,13 @@ class LoopWatch:
             self._look()
 
     def _look(self) -> None:
-        stalled_s = _now() - self._last
+        stalled_s = clock() - self._last
         if stalled_s > self._limit_s:
             _log.error("loop_stalled", seconds=round(stalled_s, 1), exit_code=EXIT_STALLED)
             sys.stderr.flush()
             os._exit(EXIT_STALLED)
 
 
-def _now() -> float:
+def clock() -> float:
     """Seconds on a clock that nobody sets; where there is one, on one that goes on while the machine is suspended."""
     return time.clock_gettime(_CLOCK)

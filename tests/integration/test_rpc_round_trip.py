@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+from typing import Any
 
 import pytest
 
 from schemas import wire
 from tests.amqp import calling, eventually, serving
-from worker.transport import topology
+from worker import stall
+from worker.context import Context
+from worker.transport import frame_tap, topology
 
 pytestmark = pytest.mark.broker
 
@@ -125,6 +129,41 @@ async def test_a_bad_body_reaches_the_dispatcher_and_is_answered(amqp_url: str, 
         reply = await caller.call("echo", body)
         assert reply.code == "ERR_INVALID_REQUEST"
         assert served.dispatcher.bodies == [body]
+
+
+@pytest.mark.parametrize("reply_to", ["amq.rabbitmq.reply-to", "model-manager.reply.absent"], ids=["direct", "a queue"])
+async def test_a_reply_that_was_not_written_before_an_absence_is_decided_anew(
+    amqp_url: str, rack: str, reply_to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away_s = 0.0
+    decided = []
+    monkeypatch.setattr(frame_tap, "clock", lambda: stall.clock() + away_s)
+    async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
+        if reply_to != "amq.rabbitmq.reply-to":
+            await caller.channel.queue_declare(reply_to, exclusive=True)
+            await caller.consume(reply_to)
+        answer = served.dispatcher.answer
+
+        async def and_then_away(method: str, body: bytes, context: Context) -> dict[str, Any]:
+            reply = await answer(method, body, context)
+            decided.append(method)
+            if len(decided) == 1:
+                # In the next turn of the loop, ahead of the write of what this one sends.
+                asyncio.get_running_loop().call_soon(leave)
+            return reply
+
+        def leave() -> None:
+            nonlocal away_s
+            away_s = 2 * stall.ABSENT_TURN_S
+
+        monkeypatch.setattr(served.dispatcher, "answer", and_then_away)
+        reply = await caller.call("count", reply_to=reply_to, message_id="m-1")
+        assert reply.body == {"success": True, "effects": 1}
+        assert decided == ["count", "count"]
+        assert served.observer.counts["redelivered"] == 1
+        assert served.observer.counts["reconnected"] >= 1
+        assert (await caller.call("echo", reply_to=reply_to)).body["success"]
+        assert len(caller.replies) == 2
 
 
 async def test_many_requests_at_once_are_each_answered_once(amqp_url: str, rack: str) -> None:

@@ -46,6 +46,9 @@ class Socket(asyncio.Transport):
 
     def close(self) -> None: ...
 
+    def abort(self) -> None:
+        self.closing = True
+
     def get_write_buffer_size(self) -> int:
         return 0
 

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
+from worker.stall import ABSENT_TURN_S, clock
 from worker.transport.amqp_codec import HEARTBEAT_FRAME, BadFrameError, FrameSplitter, frame
 
 # aiormq takes a connection for dead on which it has seen no frame for a minute.
@@ -35,7 +36,8 @@ class Taker(Protocol):
 class FrameTap(asyncio.StreamReaderProtocol):
     """The protocol below the reader and the writer of one connection.
 
-    `dropped`: the connection ended before something could be written that was sent.
+    `dropped`: the connection ended before something could be written that was sent. `absent`: it was ended because the
+    process stood still between the two, so what was about to be said may not hold any more.
     """
 
     def __init__(self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
@@ -45,11 +47,12 @@ class FrameTap(asyncio.StreamReaderProtocol):
         self._splitter = FrameSplitter()
         self._takers: dict[int, Taker] = {}
         self._failed = self._gone = False
-        self.dropped = False
+        self.dropped = self.absent = False
         self._sign_of_life = 0.0
         self._pending: list[bytes] = []
         self._before_flush: list[Callable[[], None]] = []
         self._scheduled = False
+        self._turn_began = 0.0
         self._transport: asyncio.Transport
         self.writer: asyncio.StreamWriter
 
@@ -132,12 +135,15 @@ class FrameTap(asyncio.StreamReaderProtocol):
 
     def flush(self) -> None:
         """Write what was sent so far, now."""
+        if self._scheduled and clock() - self._turn_began > ABSENT_TURN_S:
+            self.absent = True
+            self._transport.abort()
         self._scheduled = False
         for write in self._before_flush:
             write()
         self._before_flush.clear()
         if self._pending:
-            if self.writer.is_closing():
+            if self.absent or self.writer.is_closing():
                 self._drop_pending()
             else:
                 self.writer.write(b"".join(self._pending))
@@ -161,4 +167,5 @@ class FrameTap(asyncio.StreamReaderProtocol):
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
+            self._turn_began = clock()
             self._event_loop.call_soon(self.flush)

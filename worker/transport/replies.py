@@ -11,7 +11,6 @@ import asyncio
 import struct
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -171,13 +170,18 @@ class Publisher:
         """Answer `request`. A requester that has gone is counted, and no failure.
 
         A direct reply is written with the next `flush`, any other one is confirmed. LinkLostError: not sent within
-        `PATIENCE_S` after it failed once, or nobody knows.
+        `PATIENCE_S` after it failed once, or nobody knows, or the process was absent: it is for the request to come
+        again, and for what it asks to be looked into again.
         """
         publish = self._reply_directly if is_direct(request.reply_to) else self._reply_to_queue
         if self.usable:  # as nearly always, and then there is no need of a timer
-            with suppress(LinkLostError):
+            connection = self._connection
+            try:
                 await publish(request, body)
                 return
+            except LinkLostError:
+                if connection is not None and connection.tap.absent:
+                    raise
         await self._patiently(lambda: publish(request, body))
 
     async def _reply_directly(self, request: Request, body: bytes) -> None:
@@ -257,6 +261,8 @@ class Publisher:
                     try:
                         return await publish()
                     except LinkLostError:
+                        if connection is not None and connection.tap.absent:
+                            raise
                         if connection is self._connection:  # it lives: this was its channel, or the broker hangs
                             await asyncio.sleep(BLOCK_POLL_S)
         except TimeoutError:
