@@ -1,4 +1,4 @@
-"""Threads for the bytes of models: as many as there are processors, and behind the event loop in the queue for them."""
+"""Threads for the bytes of models: hardly more than there are processors, and behind all else in the queue for them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-_THREADS = max(2, min(8, os.cpu_count() or 2))
-_NICENESS = 10
+# With two of them, one operation that hangs would take half.
+_THREADS = max(4, min(8, os.cpu_count() or 4))
+_NICENESS = 19
 
 
 def byte_threads(name: str, count: int = _THREADS) -> ThreadPoolExecutor:
