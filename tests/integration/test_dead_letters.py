@@ -385,7 +385,7 @@ async def test_what_is_not_named_or_not_there_is_refused(
     assert rack in await operator.run("list", status=3)
     nobody = Operator(tmp_path, f"amqp://guest:guest@127.0.0.1:{free_port()}/", rack)
     assert "The broker cannot be reached." in await nobody.run("list", status=7)
-    misspelt = await Operator(tmp_path, "amqp://guest:se/cret@127.0.0.1/", rack).run("list", status=7)
+    misspelt = await Operator(tmp_path, "amqp://guest:se/cret@127.0.0.1/", rack).run("list", status=8)
     assert "is not an AMQP URL" in misspelt and "cret" not in misspelt
 
 
