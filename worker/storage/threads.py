@@ -1,4 +1,4 @@
-"""Threads for the bytes of models: hardly more than there are processors, and behind all else in the queue for them."""
+"""Threads for the bytes of models: hardly more than there are processors, and behind the event loop in the queue for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from contextlib import suppress
 
 # With two of them, one operation that hangs would take half.
 _THREADS = max(4, min(8, os.cpu_count() or 4))
-_NICENESS = 19
+# Not the lowest: the loop waits for a thread that lost its processor while it had the interpreter's lock.
+_NICENESS = 10
 
 
 def byte_threads(name: str, count: int = _THREADS) -> ThreadPoolExecutor:
