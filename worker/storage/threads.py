@@ -1,4 +1,4 @@
-"""Threads for the bytes of models: hardly more than there are processors, and behind the event loop in the queue for them."""
+"""Threads for the bytes of models: hardly more than processors, and behind the event loop in the queue for them."""
 
 from __future__ import annotations
 
