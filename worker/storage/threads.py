@@ -1,4 +1,4 @@
-"""Threads for the bytes of models: hardly more than processors, and behind the event loop in the queue for them."""
+"""Threads for the bytes of models: as many as there are processors, and behind the event loop in the queue for them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-# With two of them, one operation that hangs would take half.
-_THREADS = max(4, min(8, os.cpu_count() or 4))
-# Not the lowest: the loop waits for a thread that lost its processor while it had the interpreter's lock.
+_THREADS = max(2, min(8, os.cpu_count() or 2))
 _NICENESS = 10
 
 
