@@ -18,6 +18,9 @@ WATCH_INTERVAL_S = 2.0
 
 log = logging.getLogger(__name__)
 
+_FileState = tuple[int, int, int]
+_State = tuple[_FileState | None, ...]
+
 
 class Rotation:
     """Watches `files`, through symbolic links too, and renews `links` when they have changed."""
@@ -30,28 +33,31 @@ class Rotation:
         """Watch, until cancelled. Files that do not work change nothing, and are tried again."""
         if not self._files:
             return
-        used = refused = await asyncio.to_thread(self._state)
+        refused = await asyncio.to_thread(self._state)
+        used = dict.fromkeys(self._links, refused)
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             found = await asyncio.to_thread(self._state)
-            if found == used:
+            # Each by itself: one that cannot be renewed would have those before it renewed again and again.
+            stale = [link for link in self._links if used[link] != found]
+            if not stale:
                 continue
             try:
-                for link in self._links:
+                for link in stale:
                     await link.renew()
+                    used[link] = found
             except LinkLostError as error:
                 if found != refused:
                     log.warning("The broker's new credentials do not work, the old ones stay in use: %s", error)
                 refused = found
                 continue
-            used = found
             log.info("The connections to the broker use its new credentials")
 
-    def _state(self) -> tuple[tuple[int, int, int] | None, ...]:
+    def _state(self) -> _State:
         return tuple(map(_state_of, self._files))
 
 
-def _state_of(file: Path) -> tuple[int, int, int] | None:
+def _state_of(file: Path) -> _FileState | None:
     """What changes when a file is written or replaced; None while there is none."""
     try:
         found = file.stat()
