@@ -269,14 +269,11 @@ class App:
 
     async def _confirm_ownership(self, owner: Owner) -> None:
         """After an absence: return if the storage is still ours. Raises ModelManagerError."""
-        while self._presence.doubtful:  # there may be another absence during the look
-            absences = self._presence.absences
-            try:
-                await confirm_ownership(self.store, owner)
-            except NotOwner as error:
-                self._lose_ownership(error)
-                raise ModelManagerError("ERR_SHUTTING_DOWN") from None
-            self._presence.trust(absences)
+        try:
+            await self._presence.settle(partial(confirm_ownership, self.store, owner))
+        except NotOwner as error:
+            self._lose_ownership(error)
+            raise ModelManagerError("ERR_SHUTTING_DOWN") from None
 
     def _lose_ownership(self, error: NotOwner) -> None:
         if not self._failed.is_set():

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 import structlog
@@ -84,9 +84,12 @@ class LoopWatch:
         self._beat()
         return self.absences > self._trusted
 
-    def trust(self, absences: int) -> None:
-        """The storage was found to be ours, by a look that began after so many absences."""
-        self._trusted = absences
+    async def settle(self, look: Callable[[], Awaitable[None]]) -> None:
+        """Return once no doubt is left. `look`, in which there may be an absence, raises if the storage is another's."""
+        while self.doubtful:
+            absences = self.absences
+            await look()
+            self._trusted = absences
 
     async def run(self) -> None:
         """Beat until cancelled."""
