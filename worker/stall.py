@@ -85,7 +85,7 @@ class LoopWatch:
         return self.absences > self._trusted
 
     async def settle(self, look: Callable[[], Awaitable[None]]) -> None:
-        """Return once no doubt is left. `look`, during which there may be an absence, raises if it is another's."""
+        """Return once no doubt is left: `look` raises if the storage is another's, and may meet an absence itself."""
         while self.doubtful:
             absences = self.absences
             await look()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
@@ -84,3 +86,26 @@ class SqliteWrites:
         for thread in running:
             thread.join()
         return Writes.of(latencies, time.perf_counter() - began)
+
+    async def write_awaited(self, writers: int, rows: int) -> Writes:
+        """`rows` in all, by tasks of an event loop that have them written on a thread, as a program that must not block
+        does it."""
+        numbers = [next(self._numbers) for _ in range(rows)]
+        left = iter([(*key_of(number), store_record(number)) for number in numbers])
+        latencies: list[float] = []
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1) as thread:
+            connection = await loop.run_in_executor(thread, self._connect)
+
+            async def writer() -> None:
+                for model, version, record in left:
+                    now = time.perf_counter()
+                    row = (model, version, orjson.dumps(record))
+                    await loop.run_in_executor(thread, connection.execute, "INSERT INTO versions VALUES (?, ?, ?)", row)
+                    latencies.append(time.perf_counter() - now)
+
+            began = time.perf_counter()
+            await asyncio.gather(*(writer() for _ in range(writers)))
+            writes = Writes.of(latencies, time.perf_counter() - began)
+            await loop.run_in_executor(thread, connection.close)
+        return writes
