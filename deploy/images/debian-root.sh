@@ -33,6 +33,8 @@ if [ -n "$(find /usr/local/share/ca-certificates -name '*.crt' 2>/dev/null)" ]; 
     cp -RL /usr/local/share/ca-certificates "$root/usr/local/share/"
     chroot "$root" update-ca-certificates
 fi
+# Erlang looks its own name up.
+[ -s "$root/etc/hosts" ] || printf '127.0.0.1 localhost\n' >"$root/etc/hosts"
 # A package that is installed does not start its service.
 printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
 chmod 755 "$root/usr/sbin/policy-rc.d"

@@ -1,7 +1,7 @@
 """The RabbitMQ of another Debian than this machine's, beside it: `RABBITMQ_SUITE=trixie`.
 
-Its packages lie in a folder of the cache, a whole Debian made once by `debootstrap`; its programs run there by `chroot`,
-on the files of this machine. `sid` moves on: remove its folder to have the newest.
+Its packages lie in a folder of the cache, a whole Debian made once by `debootstrap`; its programs run there by
+`chroot`, on the files of this machine. `sid` moves on: remove its folder to have the newest.
 """
 
 from __future__ import annotations

@@ -14,5 +14,4 @@ for folder in /*; do
     mkdir -p "$root$folder"
     mount --rbind "$folder" "$root$folder"
 done
-mount --bind /etc/hosts "$root/etc/hosts"
 exec chroot "$root" "$@"

@@ -100,7 +100,8 @@ def install() -> None:
             )
             if done.returncode:
                 last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-                raise Unavailable(f"{' '.join(command)} failed: {last}", f"install {debian.PACKAGE} by hand, or start Docker")
+                by_hand = f"install {debian.PACKAGE} by hand, or start Docker"
+                raise Unavailable(f"{' '.join(command)} failed: {last}", by_hand)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Makes the RabbitMQ of a Debian suite ready for use, and tells its version; exit status 75 if it cannot be had here.
+"""`python -m deploy.local.suite trixie`: makes the RabbitMQ of that Debian ready for use, and tells its version.
 
-    python -m deploy.local.suite trixie
+Exit status 75, with the reason, if it cannot be had here.
 """
 
 from __future__ import annotations
