@@ -24,10 +24,11 @@ MAKE_S = 600
 
 def root(suite: str) -> Path:
     """The folder of a Debian with RabbitMQ; made if the cache has none, which takes a minute. Raises `Unavailable`."""
+    for program in ("debootstrap", "unshare"):
+        if shutil.which(program) is None:
+            raise Unavailable(f"{program} is missing", f"apt-get install {program}, or unset RABBITMQ_SUITE")
     if os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         raise Unavailable(f"only root may run the RabbitMQ of Debian {suite}", "unset RABBITMQ_SUITE, or be root")
-    if shutil.which("debootstrap") is None:
-        raise Unavailable("debootstrap is missing", "apt-get install debootstrap")
     made = cache() / f"debian-{suite}"
     with lock(made.name):
         if not made.exists():
@@ -36,23 +37,27 @@ def root(suite: str) -> Path:
 
 
 def make(suite: str, made: Path) -> None:
+    by_hand = f"try by hand: {MAKE} {suite} FOLDER {PACKAGE}"
     # Beside its destination, so that the last step is a rename.
     with (
         tempfile.TemporaryDirectory(prefix="build-", dir=cache()) as folder,
         working(f"making a Debian {suite} with {PACKAGE}, once"),
     ):
-        done = subprocess.run(
-            [str(MAKE), suite, f"{folder}/root", PACKAGE],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=MAKE_S,
-        )
+        try:
+            done = subprocess.run(
+                [str(MAKE), suite, f"{folder}/root", PACKAGE],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=MAKE_S,
+            )
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"making a Debian {suite} took more than {MAKE_S} s", by_hand) from None
         if done.returncode:
             last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-            raise Unavailable(f"no Debian {suite} can be made: {last}", f"try by hand: {MAKE} {suite} FOLDER")
+            raise Unavailable(f"no Debian {suite} can be made: {last}", by_hand)
         Path(folder, "root").rename(made)
 
 
