@@ -4,12 +4,13 @@ RACK ?= rack-1
 STORAGE ?= s3
 JOBS ?= 3
 IMAGES ?= rabbitmq object-store prometheus
+SUITE ?= trixie
 TESTS ?=
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run serve test test-docker images lint lint-deploy dry-run bench crash ledger mutations schemas clean
+.PHONY: help run serve test test-broker test-docker images lint lint-deploy dry-run bench crash ledger mutations schemas clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +23,11 @@ serve: .venv/.synced ## Start the standalone HTTP service: no broker, models in 
 
 test: .venv/.synced ## Run all tests, against a real RabbitMQ and a real S3 store
 	@exec $(PYTHON) -m pytest -n $(JOBS) --dist loadfile
+
+# As root, with debootstrap: Debian's bookworm has RabbitMQ 3.10, trixie 4.0, sid the newest. RABBITMQ_SUITE works for all else too.
+test-broker: .venv/.synced ## Run the tests that need a broker against the RabbitMQ of a Debian suite (SUITE=trixie|sid|bookworm)
+	@$(PYTHON) -m deploy.local.suite $(SUITE)
+	@RABBITMQ_SUITE=$(SUITE) exec $(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m broker $(TESTS)
 
 test-docker: .venv/.synced ## Run the tests that need services against containers (names of images: see `images`)
 	@LOCAL_SERVICES=docker exec $(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m 'broker or s3 or docker' $(TESTS)

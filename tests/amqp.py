@@ -39,6 +39,14 @@ async def eventually(condition: Callable[[], Any], what: str = "the condition", 
         await asyncio.sleep(0.01)
 
 
+def broker_version(connection: AbstractConnection) -> tuple[int, int]:
+    """What a test may depend on whose promise is not one of all versions."""
+    version = connection.server_properties["version"]
+    assert isinstance(version, str)
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
+
+
 class EffectDispatcher:
     """Does real work on a dictionary: `echo`, `count` (an effect by key), `slow` (until released), `fail`, `big`."""
 

@@ -5,15 +5,15 @@
 #   deploy/images/from-debian.sh [rabbitmq] [object-store] [prometheus]      (all, if none is named)
 #
 # An image gets the name that the environment has for it (RABBITMQ_IMAGE, ...), else one of its own. Prints the names as
-# lines for a shell. How this machine reaches its package registries goes into the base: Debian's mirrors, apt's settings
-# for connections, and the certificates in /usr/local/share/ca-certificates.
+# lines for a shell. RABBITMQ_SUITE is the Debian whose RabbitMQ it is: bookworm has 3.10, trixie 4.0, sid a newer one.
 set -eu
 cd "$(dirname "$0")/../.."
 
 PYTHON=${PYTHON:-.venv/bin/python}
 SUITE=bookworm
+RABBITMQ_SUITE=${RABBITMQ_SUITE:-$SUITE}
 WORKER_BASE_IMAGE=${WORKER_BASE_IMAGE:-wrk-model-manager/debian:$SUITE}
-RABBITMQ_IMAGE=${RABBITMQ_IMAGE:-wrk-model-manager/rabbitmq:$SUITE}
+RABBITMQ_IMAGE=${RABBITMQ_IMAGE:-wrk-model-manager/rabbitmq:$RABBITMQ_SUITE}
 OBJECT_STORE_IMAGE=${OBJECT_STORE_IMAGE:-wrk-model-manager/object-store:$SUITE}
 PROMETHEUS_IMAGE=${PROMETHEUS_IMAGE:-wrk-model-manager/prometheus:$SUITE}
 
@@ -33,38 +33,26 @@ quietly() {
     fi
 }
 
-# The mirrors of this machine if it is a Debian of the same suite, as lines of a sources.list.
-mirrors() {
-    command -v apt-get >/dev/null 2>&1 &&
-        apt-get indextargets --format '$(ORIGIN) deb $(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
-        sed -n "/ $SUITE/s/^Debian //p"
-}
-
+# An image of a bare Debian, unless it is there.
 base() {
-    [ "$(id -u)" -eq 0 ] || fail "debootstrap needs root"
-    command -v debootstrap >/dev/null 2>&1 || fail "debootstrap is missing: apt-get install debootstrap"
-    sources=$(mirrors) || true
-    mirror=$(printf '%s\n' "$sources" | sed -n "s/^deb \(.*\) $SUITE main\$/\1/p" | head -n 1)
-    root=$work/root
-    quietly debootstrap --variant=minbase --include=ca-certificates "$SUITE" "$root" ${mirror:+"$mirror"}
-    [ -z "$sources" ] || printf '%s\n' "$sources" >"$root/etc/apt/sources.list"
-    apt-config dump | grep -E '^Acquire::(https?|Check|Retries)' >"$root/etc/apt/apt.conf.d/90connections" || true
-    if [ -n "$(find /usr/local/share/ca-certificates -name '*.crt' 2>/dev/null)" ]; then
-        cp -RL /usr/local/share/ca-certificates "$root/usr/local/share/"
-        quietly chroot "$root" update-ca-certificates
-    fi
-    # A package that is installed does not start its service.
-    printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
-    chmod 755 "$root/usr/sbin/policy-rc.d"
-    rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/* "$root/etc/resolv.conf"
-    tar -C "$root" --one-file-system -c . | docker import - "$WORKER_BASE_IMAGE" >/dev/null
-    rm -rf "$root"
+    ! docker image inspect "$2" >/dev/null 2>&1 || return 0
+    say "making $2"
+    quietly deploy/images/debian-root.sh "$1" "$work/root"
+    tar -C "$work/root" --one-file-system -c . | docker import - "$2" >/dev/null
+    rm -rf "$work/root"
 }
 
-# Builds a folder's Dockerfile on our base. Build arguments that have no value here are left out.
+# Builds a folder's Dockerfile on a base. Build arguments that have no value here are left out.
 build() {
-    quietly docker build --network host --tag "$1" --build-arg "BASE=$WORKER_BASE_IMAGE" \
-        --build-arg "GO_IMAGE=$WORKER_BASE_IMAGE" --build-arg GOPROXY "$2"
+    quietly docker build --network host --tag "$1" --build-arg "BASE=$3" \
+        --build-arg "GO_IMAGE=$3" --build-arg GOPROXY "$2"
+}
+
+rabbitmq() {
+    base_image=$WORKER_BASE_IMAGE
+    [ "$RABBITMQ_SUITE" = "$SUITE" ] || base_image=wrk-model-manager/debian:$RABBITMQ_SUITE
+    base "$RABBITMQ_SUITE" "$base_image"
+    build "$RABBITMQ_IMAGE" deploy/images/rabbitmq "$base_image"
 }
 
 object_store() {
@@ -72,15 +60,12 @@ object_store() {
     mkdir "$work/object-store"
     cp deploy/images/object-store/Dockerfile "$work/object-store/"
     cp "$program" "$work/object-store/minio"
-    build "$OBJECT_STORE_IMAGE" "$work/object-store"
+    build "$OBJECT_STORE_IMAGE" "$work/object-store" "$WORKER_BASE_IMAGE"
 }
 
 docker info >/dev/null 2>&1 || fail "no Docker daemon answers: start one, or set DOCKER_HOST"
 [ $# -gt 0 ] || set -- rabbitmq object-store prometheus
-if ! docker image inspect "$WORKER_BASE_IMAGE" >/dev/null 2>&1; then
-    say "making $WORKER_BASE_IMAGE"
-    base
-fi
+base "$SUITE" "$WORKER_BASE_IMAGE"
 echo "export WORKER_BASE_IMAGE=$WORKER_BASE_IMAGE"
 for image in "$@"; do
     case $image in
@@ -90,6 +75,10 @@ for image in "$@"; do
     *) fail "no such image: $image" ;;
     esac
     say "making $tag"
-    if [ "$image" = object-store ]; then object_store; else build "$tag" "deploy/images/$image"; fi
+    case $image in
+    rabbitmq) rabbitmq ;;
+    object-store) object_store ;;
+    *) build "$tag" "deploy/images/$image" "$WORKER_BASE_IMAGE" ;;
+    esac
     echo "export $name=$tag"
 done

@@ -6,6 +6,8 @@
 2. else a container, if a Docker daemon answers and the image can be had;
 3. else a native process: RabbitMQ from the Debian package, MinIO built once with Go and kept in the user's cache.
 
+`RABBITMQ_SUITE` names a Debian suite whose RabbitMQ is taken instead, as a native process on any Debian.
+
 What they return is not started yet: `start()` it and `close()` it, or use it as a context manager. A service keeps its
 data, ports and credentials in its folder, so that the same folder is the same service the next time. Whatever way the
 caller ends, SIGKILL included, no process of a service outlives it.

@@ -83,7 +83,10 @@ def rabbitmq(folder: Path, *, allow_install: bool = True, keep: bool = False, so
 
     `keep`: the data of a container outlive it (those of a native broker lie in `folder` anyway). `allow_install`: a
     missing Debian package may be installed. Raises `Unavailable` if none can be had, or none from `source`.
+    The environment's `RABBITMQ_SUITE` asks for a native one.
     """
+    if source is Source.AUTO and os.environ.get(native_broker.SUITE_VARIABLE):
+        source = Source.NATIVE
     broker = choose(
         source,
         variable=URL_VARIABLE,
@@ -134,7 +137,7 @@ def native(folder: Path, no_docker: str, *, allow_install: bool) -> RabbitMQ:
     node = recall(folder / "node.json", {"name": f"model-manager-{secrets.token_hex(4)}@localhost"})["name"]
     ports = recall_ports(folder / "ports.json", "amqp", "distribution", "epmd")
     server, control = native_broker.server(programs, folder, node, ports)
-    why = f"RabbitMQ as a process of our own{no_docker}, port {ports['amqp']}"
+    why = f"{programs.name} as a process of our own{no_docker}, port {ports['amqp']}"
     return RabbitMQ(f"amqp://guest:guest@127.0.0.1:{ports['amqp']}/", why, Source.NATIVE, server, control)
 
 

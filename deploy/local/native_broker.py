@@ -1,4 +1,7 @@
-"""RabbitMQ as a process of our own: found or installed as a Debian package, apart from any broker of the system."""
+"""RabbitMQ as a process of our own: found or installed as a Debian package, apart from any broker of the system.
+
+With `RABBITMQ_SUITE` it is the one of that Debian suite, whatever this machine is.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploy.local import debian
 from deploy.local.cache import lock
 from deploy.local.console import working
 from deploy.local.process import Process
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 
 # Debian's commands in /usr/sbin insist on being root or the user rabbitmq; what they wrap runs as anybody.
 DEBIAN = Path("/usr/lib/rabbitmq/bin")
-PACKAGE = "rabbitmq-server"
+SUITE_VARIABLE = "RABBITMQ_SUITE"
 POLICY = Path("/usr/sbin/policy-rc.d")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 STOP_S = 30.0
@@ -30,15 +34,21 @@ CTL_S = 60.0
 
 @dataclass(frozen=True)
 class Programs:
-    server: Path
-    ctl: Path
+    """The commands of a broker, its name for people, and that of the folder for its data."""
+
+    server: tuple[str, ...]
+    ctl: tuple[str, ...]
+    name: str = "RabbitMQ"
+    data: str = "data"
 
 
 def programs(*, allow_install: bool) -> Programs:
     """The broker's programs, its Debian package installed if they are missing. Raises `Unavailable`."""
+    if suite := os.environ.get(SUITE_VARIABLE):
+        return of_suite(suite)
     if found := find():
         return found
-    by_hand = f"install the package {PACKAGE}, or start Docker"
+    by_hand = f"install the package {debian.PACKAGE}, or start Docker"
     if not allow_install:
         raise Unavailable("RabbitMQ is not installed", by_hand)
     if shutil.which("apt-get") is None:
@@ -51,22 +61,33 @@ def programs(*, allow_install: bool) -> Programs:
         install()
     if found := find():
         return found
-    raise Unavailable(f"the package {PACKAGE} holds no {DEBIAN / 'rabbitmq-server'}", by_hand)
+    raise Unavailable(f"the package {debian.PACKAGE} holds no {DEBIAN / 'rabbitmq-server'}", by_hand)
+
+
+def of_suite(suite: str) -> Programs:
+    root = debian.root(suite)
+    return Programs(
+        debian.inside(root, DEBIAN / "rabbitmq-server"),
+        debian.inside(root, DEBIAN / "rabbitmqctl"),
+        f"RabbitMQ {debian.version(root)} of Debian {suite}",
+        f"data-{suite}",  # which another version could not read
+    )
 
 
 def find() -> Programs | None:
     if (DEBIAN / "rabbitmq-server").exists():
-        return Programs(DEBIAN / "rabbitmq-server", DEBIAN / "rabbitmqctl")
+        name = f"RabbitMQ {debian.version(Path('/'))}"
+        return Programs((str(DEBIAN / "rabbitmq-server"),), (str(DEBIAN / "rabbitmqctl"),), name)
     server, ctl = shutil.which("rabbitmq-server"), shutil.which("rabbitmqctl")
-    return Programs(Path(server), Path(ctl)) if server and ctl else None
+    return Programs((server,), (ctl,)) if server and ctl else None
 
 
 def install() -> None:
     wait = "DPkg::Lock::Timeout=300"
-    with no_services(), working(f"installing {PACKAGE} with apt-get"):
+    with no_services(), working(f"installing {debian.PACKAGE} with apt-get"):
         for command in (
             ["apt-get", "-o", wait, "update", "-qq"],
-            ["apt-get", "-o", wait, "install", "-qq", "--yes", "--no-install-recommends", PACKAGE],
+            ["apt-get", "-o", wait, "install", "-qq", "--yes", "--no-install-recommends", debian.PACKAGE],
         ):
             done = subprocess.run(
                 command,
@@ -79,7 +100,8 @@ def install() -> None:
             )
             if done.returncode:
                 last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-                raise Unavailable(f"{' '.join(command)} failed: {last}", f"install {PACKAGE} by hand, or start Docker")
+                by_hand = f"install {debian.PACKAGE} by hand, or start Docker"
+                raise Unavailable(f"{' '.join(command)} failed: {last}", by_hand)
 
 
 @contextmanager
@@ -104,17 +126,17 @@ def server(
     Its configuration and plugins are what `rabbitmq.conf` and `enabled_plugins` in the folder say, if they are there.
     """
     folder = folder.resolve()
-    env = environment(folder, node, ports)
+    env = environment(folder, node, ports, data=programs.data)
     (folder / "home").mkdir(parents=True, exist_ok=True)
     plugins = folder / "enabled_plugins"
     if not plugins.exists():
         plugins.write_text("[].\n")
     (folder / "rabbitmq.conf").touch()
-    broker = Process([str(programs.server)], env=env, folder=folder, log=folder / "log" / "rabbitmq.log", stop_s=STOP_S)
+    broker = Process(programs.server, env=env, folder=folder, log=folder / "log" / "rabbitmq.log", stop_s=STOP_S)
 
     def control(arguments: Sequence[str]) -> str:
         done = subprocess.run(
-            [str(programs.ctl), *arguments],
+            [*programs.ctl, *arguments],
             env=env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -128,7 +150,7 @@ def server(
     return broker, control
 
 
-def environment(folder: Path, node: str, ports: Mapping[str, int]) -> dict[str, str]:
+def environment(folder: Path, node: str, ports: Mapping[str, int], *, data: str) -> dict[str, str]:
     """Nothing of the caller's environment or of /etc/rabbitmq reaches the broker, and it listens on loopback only."""
     loopback = "-kernel inet_dist_use_interface {127,0,0,1}"
     return {
@@ -141,7 +163,7 @@ def environment(folder: Path, node: str, ports: Mapping[str, int]) -> dict[str, 
         "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
         "RABBITMQ_NODE_PORT": str(ports["amqp"]),
         "RABBITMQ_DIST_PORT": str(ports["distribution"]),
-        "RABBITMQ_MNESIA_BASE": str(folder / "data"),
+        "RABBITMQ_MNESIA_BASE": str(folder / data),
         "RABBITMQ_LOG_BASE": str(folder / "log"),
         "RABBITMQ_LOGS": "-",
         "RABBITMQ_CONF_ENV_FILE": str(folder / "rabbitmq-env.conf"),

@@ -13,7 +13,7 @@ from aiormq.exceptions import ChannelPreconditionFailed
 from pamqp.commands import Basic
 
 from deploy.local import RabbitMQ
-from tests.amqp import Caller, Served, calling, delete_queues, eventually, serving
+from tests.amqp import Caller, Served, broker_version, calling, delete_queues, eventually, serving
 from tests.ledger.proxy import Proxy
 from worker.context import Context
 from worker.transport import consuming, topology
@@ -55,25 +55,68 @@ async def test_a_request_that_fails_is_answered_and_never_given_back(amqp_url: s
         assert served.observer.counts["requeued"] == 0
 
 
-async def test_a_request_that_no_consumer_gets_done_becomes_a_dead_letter_at_the_limit(
+async def test_a_request_that_every_consumer_rejects_becomes_a_dead_letter_at_the_limit(
     amqp_url: str, rack: str
 ) -> None:
+    deliveries = 0
+
+    async def reject(message: DeliveredMessage) -> None:
+        nonlocal deliveries
+        deliveries += 1
+        await message.channel.basic_reject(message.delivery_tag or 0, requeue=True)
+
+    async with calling(amqp_url, rack) as caller:
+        await topology.provision(caller.connection, rack)
+        await caller.publish("poison", message_id="m-1")
+        await caller.channel.basic_consume(topology.request_queue(rack), reject)
+        await expect_death_at_the_limit(caller)
+    assert deliveries == topology.DELIVERY_LIMIT + 1
+    await delete_queues(amqp_url, rack)
+
+
+async def test_a_request_that_every_consumer_dies_of_becomes_a_dead_letter_at_the_limit(
+    amqp_url: str, rack: str
+) -> None:
+    async with calling(amqp_url, rack) as caller:
+        await topology.provision(caller.connection, rack)
+        await caller.publish("poison", message_id="m-1")
+        for _ in range(topology.DELIVERY_LIMIT + 1):
+            async with aiormq.connect(amqp_url) as connection:
+                taken: list[DeliveredMessage] = []
+
+                async def take(message: DeliveredMessage, taken: list[DeliveredMessage] = taken) -> None:
+                    taken.append(message)
+
+                channel = await connection.channel()
+                await channel.basic_consume(topology.request_queue(rack), take)
+                await eventually(lambda taken=taken: taken)
+        await expect_death_at_the_limit(caller)
+    await delete_queues(amqp_url, rack)
+
+
+async def expect_death_at_the_limit(caller: Caller) -> None:
+    dead = (await caller.dead_letter()).header.properties
+    [death] = (dead.headers or {})["x-death"]
+    assert (dead.message_id, death["reason"]) == ("m-1", "delivery_limit")
+
+
+async def test_a_request_that_is_given_back_again_and_again_is_done_at_last(amqp_url: str, rack: str) -> None:
     deliveries = 0
 
     async def give_back(message: DeliveredMessage) -> None:
         nonlocal deliveries
         deliveries += 1
-        await message.channel.basic_nack(message.delivery_tag or 0, requeue=True)
+        if deliveries <= 2 * topology.DELIVERY_LIMIT:
+            await message.channel.basic_nack(message.delivery_tag or 0, requeue=True)
 
-    async with aiormq.connect(amqp_url) as connection, calling(amqp_url, rack) as caller:
-        await topology.provision(connection, rack)
-        await caller.publish("poison", message_id="m-1")
-        channel = await connection.channel()
-        await channel.basic_consume(topology.request_queue(rack), give_back)
-        dead = (await caller.dead_letter()).header.properties
-    [death] = (dead.headers or {})["x-death"]
-    assert (dead.message_id, death["reason"]) == ("m-1", "delivery_limit")
-    assert deliveries == topology.DELIVERY_LIMIT + 1
+    async with calling(amqp_url, rack) as caller:
+        if broker_version(caller.connection) < (4, 3):
+            pytest.skip("before RabbitMQ 4.3 each time counts against the limit of deliveries")
+        await topology.provision(caller.connection, rack)
+        await caller.publish("unlucky", message_id="m-1")
+        await caller.channel.basic_consume(topology.request_queue(rack), give_back)
+        await eventually(lambda: deliveries == 2 * topology.DELIVERY_LIMIT + 1)
+        assert await caller.depth(topology.dead_letter_queue(rack)) == 0
     await delete_queues(amqp_url, rack)
 
 
@@ -126,16 +169,22 @@ async def forget_the_consumer(served: Served, caller: Caller) -> None:
     taken: list[Any] = []
     deliver = consumer._deliver
     consumer._deliver = lambda message: (taken.append(message.channel), deliver(message))
-    await eventually(lambda: consumer._registered_prefetch == 64)
+    await until_prefetching(served)
     assert (await caller.call("echo")).body["success"]
     (channel,) = taken
     channel._tap.send(pamqp.frame.marshal(Basic.Cancel(consumer._tag, nowait=True), channel._number))
 
 
+async def until_prefetching(served: Served) -> None:
+    """Return when the consumer is the one that is not cautious any more."""
+    consumer: Any = served.transport._consumer
+    await eventually(lambda: consumer._registered_prefetch == 64)
+
+
 async def test_a_request_that_is_held_longer_than_the_broker_waits_comes_again_and_is_done_once(
     rabbitmq: RabbitMQ, rack: str
 ) -> None:
-    """The broker closes the channel then, with all that is on it; the worker holds nothing for as long by itself."""
+    """The broker closes the channel then, with all that is on it, also RabbitMQ 4.3: the consumer is another by now."""
     be_patient(rabbitmq, 1000, checked_every_ms=1000)
     try:
         async with serving(rabbitmq.url, rack) as served, calling(rabbitmq.url, rack) as caller:
@@ -147,6 +196,30 @@ async def test_a_request_that_is_held_longer_than_the_broker_waits_comes_again_a
             assert caller.replies[0].message.header.properties.correlation_id == "c-1"
             assert (served.dispatcher.effects, served.dispatcher.cancelled) == ({"k-1": 1}, 0)
             await caller.until_depth(topology.request_queue(rack), 0)
+    finally:
+        be_patient(rabbitmq, 1_800_000, checked_every_ms=60_000)
+
+
+async def test_a_consumer_that_the_broker_gave_up_is_made_again_and_only_the_new_one_takes_work(
+    rabbitmq: RabbitMQ, rack: str
+) -> None:
+    """RabbitMQ 4.3 cancels it, keeps it among those that wait, and takes it back with the late acknowledgement."""
+    be_patient(rabbitmq, 1000, checked_every_ms=1000)
+    try:
+        async with serving(rabbitmq.url, rack) as served, calling(rabbitmq.url, rack) as caller:
+            assert (await caller.call("echo")).body["success"]
+            await until_prefetching(served)
+            await caller.publish("slow", headers={"x-idempotency-key": "k-1"}, correlation_id="c-1")
+            await eventually(lambda: served.dispatcher.started["slow"] == 2, "the redelivery")
+            served.dispatcher.released.set()
+            await eventually(lambda: len(caller.replies) == 3)
+            assert (served.dispatcher.effects, served.dispatcher.cancelled) == ({"k-1": 1}, 0)
+            await served.until_consuming()
+            assert await caller.consumers() == 1
+            await served.transport.drain(10)
+            await caller.publish("echo")
+            await caller.until_depth(topology.request_queue(rack), 1)
+            assert await caller.consumers() == 0
     finally:
         be_patient(rabbitmq, 1_800_000, checked_every_ms=60_000)
 

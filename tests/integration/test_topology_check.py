@@ -19,7 +19,7 @@ import pytest
 from aiormq.exceptions import ChannelAccessRefused
 
 from deploy.local import RabbitMQ
-from tests.amqp import calling, delete_queues, serving
+from tests.amqp import broker_version, calling, delete_queues, serving
 from tests.process import free_port, nobodys_environment
 from worker.transport import topology
 from worker.transport.dead_letter_probe import probe
@@ -49,10 +49,10 @@ class ManagedBroker:
         finally:
             self.send("DELETE", f"users/{name}")
 
-    def put(self, what: str, **values: str) -> None:
+    def put(self, what: str, **values: str | bool) -> None:
         self.send("PUT", what, values)
 
-    def send(self, verb: str, what: str, body: dict[str, str] | None = None) -> Any:
+    def send(self, verb: str, what: str, body: dict[str, str | bool] | None = None) -> Any:
         """One request to the management, as its administrator; the JSON of the answer."""
         login = base64.b64encode(b"guest:guest").decode()
         headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
@@ -70,6 +70,8 @@ def broker(broker_in: Callable[[Path], RabbitMQ], tmp_path_factory: pytest.TempP
     managed = ManagedBroker(broker_in(folder), f"http://127.0.0.1:{port}/")
     managed.put(f"vhosts/{VHOST}")
     managed.put(f"permissions/{VHOST}/guest", configure=".*", write=".*", read=".*")
+    # Before its permissions: RabbitMQ 4.3 refuses those of an exchange that is not there.
+    managed.put(f"exchanges/{VHOST}/{topology.RPC_EXCHANGE}", type="topic", durable=True)
     managed.put(f"topic-permissions/{VHOST}/guest", exchange=topology.RPC_EXCHANGE, write=".*", read=".*")
     return managed
 
@@ -138,6 +140,20 @@ async def test_a_user_without_a_topic_permission_may_call_everything_and_is_refu
     carol_reason, eve_reason = (problem["reason"] for problem in checked.document["problems"])
     assert "default exchange" in carol_reason
     assert "without a topic permission" in eve_reason
+
+
+async def test_permissions_that_went_with_their_exchange_are_missed_when_it_is_made_again(
+    broker: ManagedBroker, url: str, rack: str
+) -> None:
+    """From RabbitMQ 4.3 on they go with it."""
+    with broker.user("frank", write="^model-manager\\.rpc$", calls="\\.ping$"):
+        broker.send("DELETE", f"exchanges/{VHOST}/{topology.RPC_EXCHANGE}")
+        async with aiormq.connect(url) as connection:
+            assert await provision(connection, rack) == []
+            lost = broker_version(connection) >= (4, 3)
+        checked = await check(url, rack, "--management-url", broker.management_url)
+    broker.put(f"topic-permissions/{VHOST}/guest", exchange=topology.RPC_EXCHANGE, write=".*", read=".*")
+    assert checked.problems == ([("open", "user frank"), ("open", "user guest")] if lost else [])
 
 
 async def test_a_login_that_may_not_see_permissions_checks_nothing_and_says_so(

@@ -108,6 +108,9 @@ class Consumer:
             raise LinkLostError("the consuming channel was closed")
         if self._cancelled:
             self._cancelled = False
+            if self._tag is not None:
+                # RabbitMQ 4.3 keeps a consumer that it gave up for its slowness, and would give it work later.
+                await channel.call(Basic.Cancel(self._tag))
             self._set_registered(None, 0)
             await self._prepare(connection)
         wanted = 0 if end else self._wanted_prefetch()

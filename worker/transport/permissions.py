@@ -1,8 +1,9 @@
 """Who may call what on the broker, as its management tells it: AMQP itself tells nobody.
 
 RabbitMQ checks a routing key only for a user who has a topic permission for that exchange; one who has none may use
-every key, and so call every method of every rack. And the default exchange leads to every queue by its name, whatever
-the topic permissions are. Users of other sources than the broker's own, such as LDAP, are not among those it tells of.
+every key, and so call every method of every rack. From 4.3 on that permission goes with its exchange, and is not there
+when that is made again. And the default exchange leads to every queue by its name, whatever the topic permissions are.
+Users of other sources than the broker's own, such as LDAP, are not among those it tells of.
 """
 
 from __future__ import annotations

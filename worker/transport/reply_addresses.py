@@ -2,9 +2,10 @@
 
 `reply_to` is what a caller wrote, and a reply published to it goes to any queue of that name; so only three forms are
 permitted. A direct reply-to address needs more care: it holds an Erlang process id in base64, written by the broker. A
-forged one that does not decode, or that names a node the broker does not know, makes the broker fail with
-INTERNAL_ERROR and close the connection it was published on (seen on 3.10). So its form is checked, and its node must
-have proved good once: tried by a passive declaration on a connection of its own, which may be lost.
+forged one that does not decode (3.10, 4.0), or that names a node the broker does not know (3.10), makes the broker fail
+with INTERNAL_ERROR and close the connection it was published on. So its form is checked, and its node must have proved
+good once: tried by a passive declaration on a connection of its own, which may be lost. RabbitMQ 4.0 does not tell such
+a node from a caller who has gone; there a reply to it harms nobody.
 """
 
 from __future__ import annotations
