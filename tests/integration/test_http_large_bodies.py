@@ -130,8 +130,9 @@ async def test_one_that_ends_too_early_is_400_and_leaves_nothing(http: HttpRack,
     writer.close()
 
 
+@pytest.mark.parametrize("begun", [0, 1000])
 async def test_a_store_that_fails_on_the_way_is_told_to_a_client_that_still_sends(
-    http: HttpRack, monkeypatch: pytest.MonkeyPatch
+    http: HttpRack, monkeypatch: pytest.MonkeyPatch, begun: int
 ) -> None:
     files = open_files()
 
@@ -140,7 +141,7 @@ async def test_a_store_that_fails_on_the_way_is_told_to_a_client_that_still_send
         raise ModelManagerError("ERR_STORAGE_FULL")
 
     monkeypatch.setattr(http.rack.store, "put", full)
-    status, headers, body = split(await http.raw(HEAD + b"\r\n", *in_steps(DATA, PIECE_BYTES)))
+    status, headers, body = split(await http.raw(HEAD + b"\r\n" + DATA[:begun], *in_steps(DATA[begun:], PIECE_BYTES)))
     assert (status, code_in(body), headers["connection"]) == (507, "ERR_STORAGE_FULL", "close")
     await eventually(lambda: open_files() <= files)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, cast
 
 from aiohttp import web
@@ -78,15 +78,10 @@ class RequestBody:
     async def _taken(self) -> AsyncGenerator[bytes, None]:
         content = self._request.content
         self._ask()
-        try:
-            first, sock = cast(Connection, self._request.protocol).take_body(content)
-        except ConnectionError:
-            raise lost() from None
-        intake = Intake(sock, (self.length or 0) - content.total_bytes, idle_s=self._idle_s)
+        with _faults():
+            begun, sock = cast(Connection, self._request.protocol).take_body(content)
+        intake = Intake(begun, (self.length or 0) - content.total_bytes, sock, idle_s=self._idle_s)
         async with aclosing(intake.pieces()) as pieces:
-            if first:
-                self._received(len(first))
-                yield first
             async for piece in pieces:
                 self._received(len(piece))
                 yield piece
@@ -107,17 +102,11 @@ class RequestBody:
         content = self._request.content
         parts: list[bytes] = []
         size = 0
-        try:
+        with _faults():
             async with asyncio.timeout(self._idle_s):
                 while size < BATCH_BYTES and (part := await content.readany()):
                     parts.append(part)
                     size += len(part)
-        except TimeoutError:
-            raise late() from None
-        except ConnectionError:
-            raise lost() from None
-        except (HttpProcessingError, RequestPayloadError):
-            raise HttpFault(400, "The body is not framed as HTTP says.") from None
         return b"".join(parts)
 
     def _ask(self) -> None:
@@ -125,6 +114,19 @@ class RequestBody:
         if self._awaits_continue and transport is not None and not self._request.content.total_raw_bytes:
             transport.write(_CONTINUE)
         self._awaits_continue = False
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """What goes wrong with a body, as the client is told it."""
+    try:
+        yield
+    except TimeoutError:
+        raise late() from None
+    except ConnectionError:
+        raise lost() from None
+    except (HttpProcessingError, RequestPayloadError):
+        raise HttpFault(400, "The body is not framed as HTTP says.") from None
 
 
 def _check_framing(request: web.BaseRequest) -> bool:

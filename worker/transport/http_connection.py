@@ -135,16 +135,17 @@ class Connection(web.RequestHandler):
         The parser does not see that rest, so no other request can follow on this connection (`taken`). ConnectionError
         if it is lost.
         """
-        # Nothing can come between these lines: when all that was received has been read, the socket has the rest.
-        parts = []
-        while part := content.read_nowait():
-            parts.append(part)
         transport = self.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the connection is lost")
+        # Nothing can come in meanwhile: when all that was received has been read, the socket has the rest.
+        parts = []
+        while part := content.read_nowait():
+            parts.append(part)
+        sock: socket.socket = transport.get_extra_info("socket").dup()
         transport.pause_reading()
         self.taken = self._discarding = True
-        return b"".join(parts), transport.get_extra_info("socket").dup()
+        return b"".join(parts), sock
 
     def close_if_idle(self) -> None:
         """Close, unless a request is being served."""

@@ -21,20 +21,23 @@ LEAST_BYTES = 256 * 1024
 
 
 class Intake:
-    """The next `length` bytes of a socket that does not block and that nobody else reads meanwhile.
+    """A body of which `begun` has come, and the other `left` bytes come by a socket that nobody else reads from.
 
-    The socket is closed at the end of `pieces`, so it should be a duplicate.
+    The socket does not block. It is closed at the end of `pieces`, so it should be a duplicate.
     """
 
-    def __init__(self, sock: socket.socket, length: int, *, idle_s: float) -> None:
+    def __init__(self, begun: bytes, left: int, sock: socket.socket, *, idle_s: float) -> None:
+        self._begun = begun
+        self._left = left
         self._socket = sock
-        self._left = length
         self._idle_s = idle_s
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """The bytes in order. A fault if they stop coming (408) or break off (400)."""
         reading: asyncio.Future[bytes | None] | None = None
         try:
+            if self._begun:
+                yield self._begun
             while self._left:
                 wanted = min(PIECE_BYTES, self._left)
                 in_time = await self._has(wanted)
