@@ -63,15 +63,16 @@ class Intake:
         """Wait until the socket has so many bytes, or has no room for them, or has ended; False when it is too late."""
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()
+        descriptor = self._socket.fileno()  # selectors would describe a socket each time, for an error nobody sees
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
-        loop.add_reader(self._socket, ready.set)
+        loop.add_reader(descriptor, ready.set)
         try:
             async with asyncio.timeout(self._idle_s):
                 await ready.wait()
         except TimeoutError:
             return False
         finally:
-            loop.remove_reader(self._socket)
+            loop.remove_reader(descriptor)
         return True
 
     def _take(self, count: int) -> bytes | None:
