@@ -23,8 +23,8 @@ def byte_threads(name: str, count: int = _THREADS) -> ThreadPoolExecutor:
 @cache
 def processor_threads() -> ThreadPoolExecutor:
     """The pool of the whole process for short work that only a processor is needed for: to hash bytes, and to take them
-    from a socket. One for all, and never shut down, as niceness counts within the process alone: towards the others on
-    the machine the event loop pays for every thread of ours that is running.
+    from a socket. One for all, and never shut down: where processors are shared among sessions or containers first,
+    niceness ranks our threads among themselves alone, and the event loop pays for every one of them that wants to run.
     """
     return byte_threads("bytes")
 
