@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import sys
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from tests.amqp import delete_queues
 
 BUCKET = "model-manager-bench"
 _PROGRAM = Path(sys.executable).with_name("model-manager")
+_NICENESS = 19
 _READY_S = 60.0
 _STOP_S = 40.0
 
@@ -109,6 +111,40 @@ class Services:
             asyncio.run(delete_queues(self.broker.url, rack))
 
     @contextmanager
+    def worker_and_neighbour(self, rack: str, *, s3: bool) -> Iterator[tuple[Worker, Worker]]:
+        """A queue worker, and beside it a standalone service at nice 19, with storage of its own of the same kind.
+
+        Both are in one session. Linux may share processors among sessions first (autogroup): then niceness means
+        nothing between processes of two, and what is in a session of its own gets a share more.
+        """
+        neighbour = f"{rack}-neighbour"
+        env = {"MODEL_MANAGER_AMQP__URL": self.broker.url, **(s3_environment(self.object_store) if s3 else {})}
+        own, others = self._settings_of(rack), self._settings_of(neighbour)
+        nicely = ["nice", "-n", str(_NICENESS), "env", *(f"{name}={value}" for name, value in others.items())]
+        commands = [*nicely, str(_PROGRAM), "serve", "--rack", neighbour], [str(_PROGRAM), "worker", "--rack", rack]
+        both = f"{shlex.join(commands[0])} & exec {shlex.join(commands[1])}"
+        try:
+            with self.process(rack, ["/bin/sh", "-c", both], {**env, **own}) as process:
+                workers = []
+                for name, settings in ((rack, own), (neighbour, others)):
+                    url = _url_in(settings)
+                    wait_until_ready(process, f"worker {name}", lambda url=url: _is_ready(url), timeout_s=_READY_S)
+                    workers.append(Worker(name, pid_of(name), url))
+                yield workers[0], workers[1]
+        finally:
+            asyncio.run(delete_queues(self.broker.url, rack))
+
+    def drop_blobs(self, rack: str, *, s3: bool) -> None:
+        """Free the bytes of all models of a rack, behind its back."""
+        if not s3:
+            for path in (self.folder / rack / "models" / "blobs").iterdir():
+                path.unlink()
+            return
+        client = s3_client(self.object_store)
+        for found in client.list_objects_v2(Bucket=BUCKET, Prefix=f"{rack}/blobs/").get("Contents", []):
+            client.delete_object(Bucket=BUCKET, Key=found["Key"])
+
+    @contextmanager
     def standalone(self, rack: str) -> Iterator[Worker]:
         """The HTTP service without a broker, on disk."""
         with self._started("serve", rack, {}) as worker:
@@ -116,18 +152,21 @@ class Services:
 
     @contextmanager
     def _started(self, command: str, rack: str, env: Mapping[str, str]) -> Iterator[Worker]:
-        folder = self.folder / rack
-        folder.mkdir(exist_ok=True)
-        port = recall_ports(folder / "ports.json", "http")["http"]
-        url = f"http://127.0.0.1:{port}"
-        own = {
-            "MODEL_MANAGER_HTTP__PORT": str(port),
-            "MODEL_MANAGER_REGISTRY__PATH": str(folder / "registry"),
-            "MODEL_MANAGER_STORAGE__PATH": str(folder / "models"),
-        }
+        own = self._settings_of(rack)
+        url = _url_in(own)
         with self.process(rack, [str(_PROGRAM), command, "--rack", rack], {**own, **env}) as process:
             wait_until_ready(process, f"worker {rack}", lambda: _is_ready(url), timeout_s=_READY_S)
             yield Worker(rack, pid_of(rack), url)
+
+    def _settings_of(self, rack: str) -> dict[str, str]:
+        """Where a rack listens and keeps what it has, as its environment says it."""
+        folder = self.folder / rack
+        folder.mkdir(exist_ok=True)
+        return {
+            "MODEL_MANAGER_HTTP__PORT": str(recall_ports(folder / "ports.json", "http")["http"]),
+            "MODEL_MANAGER_REGISTRY__PATH": str(folder / "registry"),
+            "MODEL_MANAGER_STORAGE__PATH": str(folder / "models"),
+        }
 
 
 def s3_client(store: ObjectStore) -> Any:
@@ -151,6 +190,10 @@ def s3_environment(store: ObjectStore) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": store.secret_key,
         "AWS_REGION": store.region,
     }
+
+
+def _url_in(settings: Mapping[str, str]) -> str:
+    return f"http://127.0.0.1:{settings['MODEL_MANAGER_HTTP__PORT']}"
 
 
 def _is_ready(url: str) -> bool:

@@ -9,7 +9,7 @@ from schemas.findings import Finding
 from schemas.journal import StoredFile
 from worker.policy import Policy
 from worker.storage.blobstore import BlobStore
-from worker.storage.threads import byte_threads
+from worker.threads import byte_threads
 from worker.validation.registry import examine, refusal
 from worker.validation.source import Source
 

@@ -33,14 +33,14 @@ from worker.storage.blobstore import (
     observed,
 )
 from worker.storage.disk_files import NewFile, make_folder, open_blob, replace
-from worker.storage.hashing import Expectation, blocks
+from worker.storage.hashing import Expectation, pieces
 from worker.storage.pending import Pending
-from worker.storage.threads import byte_threads
+from worker.threads import byte_threads, processor_threads
 
 _T = TypeVar("_T")
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_BLOCK_BYTES = 1024 * 1024
+_PIECE_BYTES = 1024 * 1024
 _HASH_BLOCK_BYTES = 4 * 1024 * 1024
 _HASH_TURN_BYTES = 16 * 1024 * 1024
 _LOCK_S = 5.0
@@ -58,7 +58,7 @@ class DiskStore:
         self._observe = observe
         self._threads = byte_threads("disk")
         # Hashing and writing of one put overlap, so they must not wait for each other's threads.
-        self._hashers = byte_threads("sha256")
+        self._hashers = processor_threads()
 
     def new_key(self) -> str:
         return f"blobs/{new_ulid()}"
@@ -99,15 +99,15 @@ class DiskStore:
     async def _fill(
         self, file: NewFile, chunks: AsyncIterator[bytes], expectation: Expectation, pending: Pending
     ) -> None:
-        """Read the next block while the one before is hashed and written."""
+        """Read the next piece while the one before is hashed and written."""
         loop = asyncio.get_running_loop()
         working: list[asyncio.Future[None]] = []
-        async for block in blocks(chunks, _BLOCK_BYTES, expectation):
+        async for piece in pieces(chunks, _PIECE_BYTES, expectation):
             for call in working:
                 await pending.result(call)
             working = [
-                pending.started(loop.run_in_executor(self._hashers, expectation.update, block)),
-                pending.started(self._submit(partial(file.write, block))),
+                pending.started(loop.run_in_executor(self._hashers, expectation.update, piece)),
+                pending.started(self._submit(partial(file.write, piece))),
             ]
         for call in working:
             await pending.result(call)
@@ -260,8 +260,7 @@ class DiskStore:
         return document
 
     async def close(self) -> None:
-        for pool in (self._threads, self._hashers):
-            await asyncio.to_thread(pool.shutdown)
+        await asyncio.to_thread(self._threads.shutdown)
 
     def _path(self, key: str) -> Path:
         return self._root / key

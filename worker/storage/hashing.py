@@ -86,3 +86,24 @@ async def blocks(
                 block = bytearray()
     if block:
         yield block
+
+
+async def pieces(
+    chunks: AsyncIterator[bytes], least_bytes: int, expectation: Expectation
+) -> AsyncGenerator[Block, None]:
+    """The bytes of `chunks`, admitted as they come, in pieces of `least_bytes` or more but the last.
+
+    A chunk that is large enough is passed on as it is: to cut it to a size would be to copy it.
+    """
+    gathered = bytearray()
+    async for chunk in chunks:
+        expectation.admit(len(chunk))
+        if not gathered and len(chunk) >= least_bytes:
+            yield chunk
+            continue
+        gathered += chunk
+        if len(gathered) >= least_bytes:
+            yield gathered
+            gathered = bytearray()
+    if gathered:
+        yield gathered

@@ -18,7 +18,7 @@ from urllib3.exceptions import HTTPError
 
 from schemas.errors import ModelManagerError
 from worker.storage.blobstore import BlobMissing, StoreObserver
-from worker.storage.threads import byte_threads
+from worker.threads import byte_threads, processor_threads
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -68,7 +68,7 @@ class S3Calls:
         if clean_up_profile is not None:
             self.remover = make_client(endpoint_url, region, timeout_s, profile=clean_up_profile)
         self._threads = byte_threads("s3", THREADS)
-        self._workers = byte_threads("sha256")
+        self._workers = processor_threads()
         self._left: set[asyncio.Task[None]] = set()
 
     async def run(self, call: Callable[[], _T], *, key: str = "") -> _T:
@@ -130,8 +130,7 @@ class S3Calls:
     async def close(self) -> None:
         if self._left:
             await asyncio.wait(self._left)
-        for pool in (self._threads, self._workers):
-            await asyncio.to_thread(pool.shutdown)
+        await asyncio.to_thread(self._threads.shutdown)
         self.client.close()
         self.remover.close()
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestPayloadError
 
 from schemas.wire import MAX_BODY_BYTES, parse_object
+from worker.transport.http_connection import Connection
+from worker.transport.http_intake import LEAST_BYTES, PIECE_BYTES, Intake, late, lost
 from worker.transport.http_replies import CLOSE, JSON_TYPE, HttpFault
 
 # A batch must be full within the idle timeout, which is a lowest rate: 4 kB/s at 60 s.
-BATCH_BYTES = 256 * 1024
+BATCH_BYTES = LEAST_BYTES
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _JSON = re.compile(rf'{re.escape(JSON_TYPE)}(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
 
@@ -58,12 +61,31 @@ class RequestBody:
             raise HttpFault(415, "The body must be application/json in UTF-8.")
         return parse_object(await self._whole(MAX_BODY_BYTES))
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    @asynccontextmanager
+    async def stream(self) -> AsyncGenerator[AsyncIterator[bytes], None]:
+        """The same as `chunks`, for bytes that may be many: those of a large body are taken past the event loop."""
+        large = self.length is not None and self.length > PIECE_BYTES
+        async with aclosing(self._taken() if large else self.chunks()) as chunks:
+            yield chunks
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The bytes in order. A fault if they stop coming (408) or break off (400)."""
         self._ask()
         while batch := await self._batch():
             self._received(len(batch))
             yield batch
+
+    async def _taken(self) -> AsyncGenerator[bytes, None]:
+        content = self._request.content
+        self._ask()
+        with _faults():
+            begun, sock = cast(Connection, self._request.protocol).take_body(content)
+        intake = Intake(begun, (self.length or 0) - content.total_bytes, sock, idle_s=self._idle_s)
+        async with aclosing(intake.pieces()) as pieces:
+            async for piece in pieces:
+                self._received(len(piece))
+                yield piece
+        content.feed_eof()  # the parser does not know: the connection is read from again, until it is closed
 
     async def _whole(self, limit: int) -> bytes:
         too_large = HttpFault(413, f"The body is over {limit} bytes.", maxBodySize=limit)
@@ -80,17 +102,11 @@ class RequestBody:
         content = self._request.content
         parts: list[bytes] = []
         size = 0
-        try:
+        with _faults():
             async with asyncio.timeout(self._idle_s):
                 while size < BATCH_BYTES and (part := await content.readany()):
                     parts.append(part)
                     size += len(part)
-        except TimeoutError:
-            raise HttpFault(408, "The body did not come in time.") from None
-        except ConnectionError:
-            raise HttpFault(400, "The connection was lost before the end of the body.") from None
-        except (HttpProcessingError, RequestPayloadError):
-            raise HttpFault(400, "The body is not framed as HTTP says.") from None
         return b"".join(parts)
 
     def _ask(self) -> None:
@@ -98,6 +114,19 @@ class RequestBody:
         if self._awaits_continue and transport is not None and not self._request.content.total_raw_bytes:
             transport.write(_CONTINUE)
         self._awaits_continue = False
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """What goes wrong with a body, as the client is told it."""
+    try:
+        yield
+    except TimeoutError:
+        raise late() from None
+    except ConnectionError:
+        raise lost() from None
+    except (HttpProcessingError, RequestPayloadError):
+        raise HttpFault(400, "The body is not framed as HTTP says.") from None
 
 
 def _check_framing(request: web.BaseRequest) -> bool:

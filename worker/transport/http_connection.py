@@ -45,7 +45,10 @@ class ConnectionLimits:
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's protocol of one connection, hardened. `refused` is told the status of each refusal made here."""
+    """aiohttp's protocol of one connection, hardened. `refused` is told the status of each refusal made here.
+
+    `taken`: it has no other request after this one, since the rest of a body was read past aiohttp.
+    """
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class Connection(web.RequestHandler):
         self._discarding = False
         self._body: StreamReader | None = None
         self.serving = False
+        self.taken = False
 
     # --- what the transport calls ---
 
@@ -124,6 +128,24 @@ class Connection(web.RequestHandler):
             async with asyncio.timeout(self._limits.linger_s):
                 await self._lost.wait()
         self.force_close()
+
+    def take_body(self, content: StreamReader) -> tuple[bytes, socket.socket]:
+        """Leave the rest of a body, `content`, to the caller: what has come of it, and a socket to read on from.
+
+        The parser does not see that rest, so no other request can follow on this connection (`taken`). ConnectionError
+        if it is lost.
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the connection is lost")
+        # Nothing can come in meanwhile: when all that was received has been read, the socket has the rest.
+        parts = []
+        while part := content.read_nowait():
+            parts.append(part)
+        sock: socket.socket = transport.get_extra_info("socket").dup()
+        transport.pause_reading()
+        self.taken = self._discarding = True
+        return b"".join(parts), sock
 
     def close_if_idle(self) -> None:
         """Close, unless a request is being served."""

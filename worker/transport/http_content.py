@@ -130,12 +130,12 @@ class ContentRoutes:
         params = _checked(_Store, given)
         sha256 = _declared_sha256(exchange)
         self._check_upload(exchange)
-        async with self._requests.admit("storeModel", exchange.context):
+        async with self._requests.admit("storeModel", exchange.context), exchange.body.stream() as chunks:
             reply = await self._files.store_stream(
                 params.model_id,
                 params.metadata,
                 filename=params.filename or f"model.{params.metadata.type}",
-                chunks=exchange.body.chunks(),
+                chunks=chunks,
                 size=exchange.body.length,
                 sha256=sha256,
                 context=exchange.context,
@@ -148,13 +148,9 @@ class ContentRoutes:
         params = _checked(_Receive, {"uploadId": exchange.variables["upload"], "path": exchange.variables["path"]})
         sha256 = _declared_sha256(exchange)
         self._check_upload(exchange)
-        async with self._requests.admit("createUpload", exchange.context):
+        async with self._requests.admit("createUpload", exchange.context), exchange.body.stream() as chunks:
             reply = await self._files.receive_file(
-                params.upload_id,
-                params.path,
-                exchange.body.chunks(),
-                exchange.body.length,
-                context=exchange.context,
+                params.upload_id, params.path, chunks, exchange.body.length, context=exchange.context
             )
         if sha256 is not None and reply["sha256"] != digest_of(sha256):
             raise ModelManagerError(

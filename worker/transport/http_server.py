@@ -153,7 +153,8 @@ class HttpServer:
     async def _serve(self, connection: Connection, request: web.BaseRequest) -> web.StreamResponse:
         started = asyncio.get_running_loop().time()
         route, response = await self._answer(request)
-        if self._draining or not request.content.is_eof() or response.headers.get("Connection") == "close":
+        last = self._draining or connection.taken or not request.content.is_eof()
+        if last or response.headers.get("Connection") == "close":
             response.force_close()
         try:
             await self._send(request, response)
