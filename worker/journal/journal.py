@@ -93,8 +93,6 @@ class Journal:
         self._ending: asyncio.Future[None] | None = None
         self.epoch = appender.manifest.epoch
         self.registry_id = appender.manifest.registry_id
-        self.changes_from = recovered.changes_from
-        """Of the changes up to this sequence, compaction has dropped some that a reader behind it would need."""
         self.superseded = Superseded(files, folder)
 
     @classmethod
@@ -254,7 +252,6 @@ class Journal:
         """
         segment = await asyncio.to_thread(read_written, self._files, self._folder, base)
         left = await asyncio.wrap_future(self._accepting().run(lambda appender: appender.adopt(base, segment)))
-        self.changes_from = base.changes_from
         await self.superseded.take(left)
 
     async def free_up(self, size: int) -> int:
@@ -278,6 +275,12 @@ class Journal:
         """When the disk was found full, in unix seconds; None while there is room. Until there is enough again, only
         what frees room is appended."""
         return self._appender.reserve.full_since
+
+    @property
+    def changes_from(self) -> int:
+        """Of the changes up to this sequence, compaction has dropped some that a reader behind it would need: one that
+        `read` and is behind it afterwards may have missed some."""
+        return self._appender.changes_from
 
     @property
     def sealed_bytes(self) -> tuple[int, int]:
