@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
+import os
 import re
 import shutil
 import socket
@@ -19,7 +21,8 @@ from tests.contract.test_compaction import store, update
 from tests.process import Answer, Processes, Service
 from tests.small_disk import MIB, MountedDisk, mounted
 from worker.client.amqp_caller import AmqpCaller
-from worker.journal import verify
+from worker.journal import Files, verify
+from worker.journal.manifest import Manifest
 from worker.journal.reserve import RESERVE
 from worker.metrics import Metrics
 from worker.registry import Change, Registry
@@ -221,6 +224,22 @@ async def test_compaction_without_room_says_what_it_needs_and_leaves_nothing(tmp
     assert await registry.look(lambda: registry.catalog.resolve("m", "1").revision) == 0
     await registry.close()
     assert verify(disk.folder).damage is None
+
+
+async def test_a_base_that_cannot_be_adopted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = await filled(tmp_path, updates=5)
+    publish = Manifest.publish
+
+    def without_room(manifest: Manifest, files: Files, folder: Path) -> None:
+        if manifest.base is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        publish(manifest, files, folder)
+
+    monkeypatch.setattr(Manifest, "publish", without_room)
+    with pytest.raises(NoRoomToCompact):
+        await Compaction(registry).compact()
+    assert not list(tmp_path.glob("base-*"))
+    await registry.close()
 
 
 async def test_a_compaction_that_fails_half_way_leaves_the_room_it_took(tmp_path: Path) -> None:

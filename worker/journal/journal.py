@@ -264,7 +264,8 @@ class Journal:
     async def discard(self, name: str) -> None:
         """Remove what there is of a base that was to have this name; one that was adopted stays."""
         if name not in self._appender.manifest.names:
-            await self.superseded.remove(name, f"{name}.tmp", f"{index_name(name)}.tmp")
+            names = (name, index_name(name))
+            await self.superseded.remove(*names, *(f"{each}.tmp" for each in names))
 
     @property
     def folder(self) -> Path:
