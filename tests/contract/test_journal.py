@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from zlib import crc32
 import pytest
 
 from schemas.errors import ModelManagerError
-from worker.journal import Entry, Journal, JournalFailed, JournalLocked, JournalObserver, dump, verify
+from worker.journal import Entry, Files, Journal, JournalFailed, JournalLocked, JournalObserver, dump, verify
 
 
 def reopened(folder: Path, **options: Any) -> tuple[Journal, list[Entry]]:
@@ -148,6 +149,44 @@ async def test_registry_and_epoch_stay_the_same_for_the_life_of_a_journal(tmp_pa
     await second.close()
     assert len(first.registry_id) == 32
     assert (second.registry_id, second.epoch) == (first.registry_id, first.epoch) == (first.registry_id, 1)
+
+
+class HeldFiles(Files):
+    """Syncs wait for their turn."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Event()
+        self.turn.set()
+
+    def fdatasync(self, fd: int) -> None:
+        assert self.turn.wait(10)
+        super().fdatasync(fd)
+
+
+@pytest.mark.parametrize("ends", ["well", "stopped"])
+async def test_a_rotation_that_nobody_waits_for_any_more_does_not_stop_the_journal(tmp_path: Path, ends: str) -> None:
+    files = HeldFiles()
+    journal, _ = reopened(tmp_path, files=files)
+    journal.start(lambda _: None)
+    first = await journal.append("put", {})
+    files.turn.clear()
+    writes = asyncio.create_task(journal.append("put", {}))
+    await asyncio.sleep(0.05)
+    rotates = asyncio.create_task(journal.rotate())
+    await asyncio.sleep(0.05)
+    rotates.cancel()
+    await asyncio.wait([rotates])
+    if ends == "stopped":
+        journal.stop("the test says so")
+        files.turn.set()
+        with pytest.raises(JournalFailed, match="the test says so"):
+            await writes
+    else:
+        files.turn.set()
+        entries = [first, await writes, await journal.append("put", {})]
+        assert journal.healthy
+        assert journal.read(0, 10) == entries
+    await journal.close()
 
 
 async def test_a_cancelled_wait_does_not_undo_the_append(tmp_path: Path) -> None:
