@@ -2,7 +2,7 @@
 
 Boot: HTTP listens (not ready, saying why) -> registry locked, verified, replayed -> storage reachable and ours -> open
 for requests, jobs resumed -> broker. Drain: not ready, no new writes -> consumer cancelled, running requests finish ->
-HTTP transfers finish -> jobs left for the next boot -> journal closed with its mark.
+HTTP transfers finish -> jobs left for the next boot -> journal ends with its mark -> archive finished -> registry free.
 """
 
 from __future__ import annotations
@@ -370,9 +370,10 @@ class App:
         await self._step(self.service.stop())  # an upload that finishes is still looked into
         if self.amqp is not None:
             await self._step(self.amqp.close())
-        await self._step(self.registry.close())
+        await self._step(self.registry.finish())
         if self.archive is not None:
             await self._step(self.archive.finish(max(1.0, deadline - time.monotonic())))
+        await self._step(self.registry.close())  # its next owner begins at once, and archives: not two at a time
         await self._step(self.store.close())
         _log.info("worker_stopped")
 

@@ -22,7 +22,7 @@ from worker.storage.memory import MemoryStore
 from worker.upkeep.archive import Archive, ArchiveAhead
 from worker.upkeep.archive_layout import Piece, covering
 from worker.upkeep.ownership import NotOwner, take_ownership
-from worker.upkeep.rebuild import CannotRebuild, Rebuilt, rebuild
+from worker.upkeep.rebuild import CannotRebuild, Rebuilt, archives, rebuild
 
 RACK = "rack-1"
 
@@ -238,6 +238,37 @@ async def test_a_store_that_is_away_is_caught_up_with(tmp_path: Path) -> None:
     await rack.registry.close()
     await rebuilt(store, tmp_path / "rebuilt")
     assert await view_after_boot(tmp_path / "rebuilt") == await view_after_boot(tmp_path / "registry")
+
+
+async def test_what_is_published_while_another_looks_is_not_taken_for_useless(tmp_path: Path) -> None:
+    store = TroubledStore()
+    rack = await opened(tmp_path, store)
+    await archive_of(rack).begin()
+    await rack.store_bytes("net", "1.0.0", b"bytes")
+    await rack.registry.journal.rotate()
+    late, other = archive_of(rack), archive_of(rack)
+    await other.begin()
+    looking = asyncio.Event()
+    looked = asyncio.Event()
+    get_document = store.get_document
+
+    async def slow(name: str) -> Any:
+        found = await get_document(name)
+        if not looking.is_set():
+            looking.set()
+            await looked.wait()
+        return found
+
+    store.get_document = slow  # type: ignore[method-assign]
+    looks = asyncio.create_task(late.begin())
+    await looking.wait()
+    await other.round()
+    looked.set()
+    await looks
+    named = {f"journal/1/{each.file.name}" for each in (await archives(store))[1].manifest.files}
+    assert named
+    assert named <= set(store.blobs)
+    await rack.registry.close()
 
 
 async def test_a_tail_has_few_pieces_however_often_it_grows(tmp_path: Path) -> None:

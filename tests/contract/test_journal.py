@@ -130,6 +130,21 @@ async def test_read_and_entry_reach_every_record_across_segments(tmp_path: Path)
     await journal.close()
 
 
+async def test_a_journal_that_is_finished_has_its_mark_and_keeps_the_folder_until_it_is_closed(tmp_path: Path) -> None:
+    journal, _ = reopened(tmp_path)
+    journal.start(lambda _: None)
+    entry = await journal.append("put", {})
+    await journal.finish()
+    assert journal.durable.head == entry.sequence + 1
+    assert journal.read(0, 10) == [entry]
+    with pytest.raises(ModelManagerError, match="ERR_SHUTTING_DOWN"):
+        await journal.append("put", {})
+    with pytest.raises(JournalLocked):
+        reopened(tmp_path)
+    await journal.close()
+    assert await replayed(tmp_path) == [entry]
+
+
 async def test_a_second_opener_is_refused_and_gets_in_after_the_first_closes(tmp_path: Path) -> None:
     first, _ = reopened(tmp_path)
     with pytest.raises(JournalLocked, match=r"pid \d+ on "):

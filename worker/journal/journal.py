@@ -63,8 +63,8 @@ class Journal:
     """One owner of one folder, from `open` to `close`. The order of records is the same in the file, in `on_durable`,
     in `read` and in the next replay.
 
-    `append` and `close` belong to the event loop that `start` was called on; `read` and `entry` block and may be called
-    from any thread.
+    `append`, `finish` and `close` belong to the event loop that `start` was called on; `read` and `entry` block and may
+    be called from any thread.
     """
 
     def __init__(
@@ -332,15 +332,20 @@ class Journal:
             torn_bytes=self._torn_bytes,
         )
 
-    async def close(self) -> None:
-        """Finish what was appended, write a mark and give the folder free. May be called again.
+    async def finish(self) -> None:
+        """Finish what was appended and write a mark; the folder stays ours, to be read. May be called again.
 
-        Records that still wait for room are refused with ERR_SHUTTING_DOWN. Cancelling it does not stop the closing.
+        Records that still wait for room are refused with ERR_SHUTTING_DOWN. Cancelling it does not stop the finishing.
         """
         if self._ending is None:
             self._room.refuse(ModelManagerError("ERR_SHUTTING_DOWN"))
             self._ending = asyncio.ensure_future(asyncio.to_thread(self._end))
         await asyncio.shield(self._ending)
+
+    async def close(self) -> None:
+        """Finish, and give the folder free: its next owner may be there at once. May be called again."""
+        await self.finish()
+        self._lock.release()
 
     def _accepting(self) -> Writer:
         if self._failure is not None:
@@ -407,7 +412,6 @@ class Journal:
             self._writer.stop()
             self._writer.join()
         self._appender.close()
-        self._lock.release()
 
 
 def _recover_without_collections(

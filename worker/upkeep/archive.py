@@ -110,7 +110,8 @@ class Archive:
             await asyncio.sleep(self._period_s)
 
     async def finish(self, timeout_s: float) -> None:
-        """Ship the rest of a journal that is closed, and say that this is its end, if it can be done in time."""
+        """Ship the rest of a journal that is finished but not closed, so that nobody else archives it, and say that
+        this is its end, if it can be done in time."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self.round()
@@ -177,13 +178,14 @@ class Archive:
 
     async def _look(self) -> None:
         epoch = self._journal.epoch
+        keys = [stat.key async for stat in self._store.list(ROOT)]
+        # Behind the list: so it names all of it that is of use, whoever put it there.
         document = await self._store.get_document(manifest_key(epoch))
         self._etag = None if document is None else document.etag
         if document is not None:
             self._manifest = parse_manifest(document.data)
             if self._manifest.registry_id != self._journal.registry_id:
                 raise ArchiveAhead(f"the archive of epoch {epoch} is of registry {self._manifest.registry_id}")
-        keys = [stat.key async for stat in self._store.list(ROOT)]
         found = tails(epoch, (key for key in keys if epoch_of(key) == epoch), self._manifest)
         self._pieces = found.pieces
         self._older = [key for key in keys if (epoch_of(key) or epoch) < epoch]
