@@ -293,6 +293,10 @@ class Registry:
         self._unpinned = set()
         return {key for key in candidates if not self.wanted(key)}
 
+    def give_back(self, keys: Iterable[str]) -> None:
+        """Of what `take_unwanted` returned, or a sweep found: blobs that could not be removed yet."""
+        self._unpinned.update(keys)
+
     # --- repeated requests ---
 
     async def recorded(self, idempotency: Idempotency) -> Entry | None:
