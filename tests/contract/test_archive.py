@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
+import os
 import random
 import shutil
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +21,7 @@ from worker.journal import Until
 from worker.storage.blobstore import BlobStore
 from worker.storage.disk import DiskStore
 from worker.storage.memory import MemoryStore
-from worker.upkeep.archive import Archive, ArchiveAhead
+from worker.upkeep.archive import Archive, ArchiveAhead, ArchiveObserver
 from worker.upkeep.archive_layout import Piece, covering
 from worker.upkeep.ownership import NotOwner, take_ownership
 from worker.upkeep.rebuild import CannotRebuild, Rebuilt, archives, rebuild
@@ -238,6 +240,48 @@ async def test_a_store_that_is_away_is_caught_up_with(tmp_path: Path) -> None:
     await rack.registry.close()
     await rebuilt(store, tmp_path / "rebuilt")
     assert await view_after_boot(tmp_path / "rebuilt") == await view_after_boot(tmp_path / "registry")
+
+
+async def test_a_folder_that_cannot_be_read_for_a_while_does_not_end_the_archiving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rack = await opened(tmp_path, MemoryStore())
+    await rack.store_bytes("net", "1.0.0", b"bytes")
+    seen = Rounds()
+    archive = archive_of(rack, period_s=0.01, observe=seen)
+    await archive.begin()
+    open_files = Path.open
+
+    def refused(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.parent == tmp_path / "registry":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return open_files(path, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        archiving = asyncio.create_task(archive.run())
+        await eventually(lambda: archiving.done() or len(seen.errors) > 2)
+        assert not archiving.done()
+        await archive.finish(1)
+    assert seen.errors[:3] == ["ERR_STORAGE_UNAVAILABLE"] * 3
+    await eventually(lambda: archive.lag_s == 0.0 and archive.head == rack.registry.journal.head)
+    archiving.cancel()
+    await asyncio.wait([archiving])
+    await rack.close()
+
+
+class Rounds(ArchiveObserver):
+    def __init__(self) -> None:
+        self.errors: list[str | None] = []
+
+    def round_ended(self, seconds: float, error: str | None) -> None:
+        self.errors.append(error)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 async def test_what_is_published_while_another_looks_is_not_taken_for_useless(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Archive:
                 if self.head >= self._journal.durable.head:
                     end = orjson.dumps({"sequence": self.head})
                     await self._store.put_document(closed_key(self._journal.epoch), end, etag=None)
-        except (ModelManagerError, TimeoutError) as error:
+        except (ModelManagerError, OSError) as error:  # the time being over is one of these
             _log.warning("archive_not_finished", reason=str(error), lag_seconds=round(self.lag_s, 1))
 
     async def _guarded_round(self) -> None:
@@ -130,12 +130,15 @@ class Archive:
             _log.warning("archive_behind", code=code, reason=error.message, lag_seconds=round(self.lag_s, 1))
         except FileNotFoundError:
             code = None  # compaction took a file away; its base is shipped in the next round
+        except OSError as error:
+            code = "ERR_STORAGE_UNAVAILABLE"
+            _log.warning("archive_behind", code=code, reason=str(error), lag_seconds=round(self.lag_s, 1))
         self._observe.round_ended(time.monotonic() - started, code)
 
     async def round(self) -> None:
         """Ship all that is durable now: segments, the tail, then a base, which may be large.
 
-        Raises ModelManagerError, and FileNotFoundError if compaction takes a file away meanwhile.
+        Raises ModelManagerError; OSError of the folder, FileNotFoundError if compaction takes a file away meanwhile.
         """
         if not self._known:
             await self._look()
