@@ -230,14 +230,14 @@ class DiskStore:
     async def get_document(self, name: str) -> Document | None:
         def work() -> Document | None:
             with contextlib.suppress(FileNotFoundError):
-                return _document(self._document_path(name).read_bytes())
+                return _document(self._path(name).read_bytes())
             return None
 
         return await self._run(work)
 
     async def put_document(self, name: str, data: bytes, *, etag: str | None) -> Document:
         def work() -> Document | None:
-            path = self._document_path(name)
+            path = self._path(name)
             make_folder(path.parent)
             with (self._root / ".documents.lock").open("a") as lock:
                 try:
@@ -265,9 +265,6 @@ class DiskStore:
 
     def _path(self, key: str) -> Path:
         return self._root / key
-
-    def _document_path(self, name: str) -> Path:
-        return self._root / name
 
     def _submit(self, work: Callable[[], _T]) -> asyncio.Future[_T]:
         return asyncio.get_running_loop().run_in_executor(self._threads, _translating, work)
