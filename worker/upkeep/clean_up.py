@@ -62,9 +62,12 @@ class CleanUp:
 
     async def run(self) -> None:
         """Sweep the store once, from end to end, and clean up on every wake and every period."""
-        swept = False
+        swept, parts_due = False, 0.0
         while True:
             swept = swept or await self._guarded(self.sweep)
+            if time.monotonic() >= parts_due:
+                parts_due = time.monotonic() + self._period_s
+                await self._guarded(self.sweep_parts)
             await self._guarded(self.round)
             try:
                 async with asyncio.timeout(self._period_s):
@@ -103,6 +106,18 @@ class CleanUp:
                 continue
             if not self._registry.wanted(blob.key) and self._registry.journal.healthy:
                 await self._remove(blob.key, "orphan")
+
+    async def sweep_parts(self) -> None:
+        """Drop the parts of uploads that no record names: of a process that died, or whose request was cut off."""
+        direct = self._store.direct_uploads
+        if direct is None:
+            return
+        async for upload in direct.begun():
+            if upload.since < self._spared_before_s:
+                continue
+            if not self._registry.wanted(upload.key) and self._registry.journal.healthy:
+                await direct.abort(upload.key, upload.upload_id)
+                _log.info("parts_removed", key=upload.key)
 
     async def _remove(self, key: str, kind: str) -> None:
         """One that cannot be removed is left to the next round. Raises ModelManagerError if the store is away."""
