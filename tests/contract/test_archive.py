@@ -18,6 +18,7 @@ from schemas.errors import ModelManagerError
 from tests.rack import LocalRack
 from tests.registry_view import compact_here, view, view_after_boot
 from worker.journal import Until
+from worker.journal.format import TAIL_BYTES
 from worker.storage.blobstore import BlobStore
 from worker.storage.disk import DiskStore
 from worker.storage.memory import MemoryStore
@@ -240,6 +241,74 @@ async def test_a_store_that_is_away_is_caught_up_with(tmp_path: Path) -> None:
     await rack.registry.close()
     await rebuilt(store, tmp_path / "rebuilt")
     assert await view_after_boot(tmp_path / "rebuilt") == await view_after_boot(tmp_path / "registry")
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+async def test_a_segment_that_is_gone_from_the_archive_is_shipped_again(tmp_path: Path, gone: int) -> None:
+    store = MemoryStore()
+    rack = await opened(tmp_path, store)
+    archive = archive_of(rack)
+    await archive.begin()
+    for step in range(3):
+        await rack.store_bytes("net", f"1.{step}.0", bytes([step]))
+        await rack.registry.journal.rotate()
+        await archive.round()
+    before = view(rack.registry)
+    del store.blobs[sorted(key for key in store.blobs if key.startswith("journal/"))[gone]]
+    with pytest.raises(CannotRebuild, match="gone from the storage"):
+        await rebuilt(store, tmp_path / "too-early")
+    again = archive_of(rack)
+    await again.begin()
+    await again.round()
+    assert again.head == rack.registry.journal.head
+    await rack.registry.close()
+    await rebuilt(store, tmp_path / "rebuilt", epoch=1)
+    assert await view_after_boot(tmp_path / "rebuilt") == before
+
+
+async def test_a_base_that_is_gone_from_the_archive_is_shipped_again(tmp_path: Path) -> None:
+    store = MemoryStore()
+    rack = await opened(tmp_path, store)
+    archive = archive_of(rack)
+    await archive.begin()
+    for step in range(3):
+        await rack.store_bytes("net", f"1.{step}.0", bytes([step]))
+    await compact_here(rack.registry)
+    await archive.round()
+    before = view(rack.registry)
+    del store.blobs[next(key for key in store.blobs if "base-" in key)]
+    again = archive_of(rack)
+    await again.begin()
+    await again.round()
+    await rack.registry.close()
+    assert any("base-" in key for key in store.blobs)
+    await rebuilt(store, tmp_path / "rebuilt", epoch=1)
+    assert await view_after_boot(tmp_path / "rebuilt") == before
+
+
+async def test_the_last_archived_bytes_alone_are_read_to_see_whose_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    rack = await opened(tmp_path, store)
+    await rack.store_bytes("net", "1.0.0", b"bytes")
+    await rack.registry.journal.rotate()
+    archive = archive_of(rack)
+    await archive.begin()
+    await archive.round()
+    for key in [key for key in store.documents if "/tail/" in key]:
+        del store.documents[key]
+    lengths = []
+    read_at = store.read_at
+
+    async def watched(key: str, offset: int, length: int) -> bytes:
+        lengths.append(length)
+        return await read_at(key, offset, length)
+
+    monkeypatch.setattr(store, "read_at", watched)
+    await archive_of(rack).begin()
+    assert lengths == [TAIL_BYTES]
+    await rack.registry.close()
 
 
 async def test_a_folder_that_cannot_be_read_for_a_while_does_not_end_the_archiving(

@@ -17,9 +17,10 @@ import structlog
 
 from schemas.errors import ModelManagerError
 from worker.journal import Durable, Journal, SealedFile
+from worker.journal.format import TAIL_BYTES
 from worker.journal.manifest import is_base, segment_first
 from worker.journal.replay import place_of_base
-from worker.storage.blobstore import BlobInfo, BlobStore
+from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore
 from worker.upkeep.archive_layout import (
     ROOT,
     ArchivedFile,
@@ -40,7 +41,6 @@ PERIOD_S = 5.0
 KEEP_S = 30 * 86_400.0
 _PIECE_BYTES_MAX = 8 * 1024 * 1024
 _READ_BYTES = 1024 * 1024
-_LINE_TAIL_BYTES = 19
 
 
 class ArchiveAhead(Exception):
@@ -189,12 +189,27 @@ class Archive:
             self._manifest = parse_manifest(document.data)
             if self._manifest.registry_id != self._journal.registry_id:
                 raise ArchiveAhead(f"the archive of epoch {epoch} is of registry {self._manifest.registry_id}")
+        await self._disown_lost(set(keys))
         found = tails(epoch, (key for key in keys if epoch_of(key) == epoch), self._manifest)
         self._pieces = found.pieces
         self._older = [key for key in keys if (epoch_of(key) or epoch) < epoch]
         for key in found.useless:
             await self._store.delete(key)
         self._known = True
+
+    async def _disown_lost(self, keys: set[str]) -> None:
+        """Take out of MANIFEST what was removed from the store: if the folder has it still, it is shipped again."""
+        lost = []
+        for name in self._manifest.names:
+            key = file_key(self._journal.epoch, name)
+            if key not in keys:
+                try:
+                    await self._store.stat(key)  # it may be there since the list was made
+                except BlobMissing:
+                    lost.append(name)
+        if lost:
+            _log.error("archived_files_lost", names=sorted(lost))
+            await self._publish(self._manifest.without(lost))
 
     async def _check_not_ahead(self, durable: Durable) -> None:
         """Whether the last bytes that were archived are in the folder, at their place."""
@@ -214,13 +229,13 @@ class Archive:
 
     async def _archived_end(self, name: str, end: int) -> bytes:
         if name in self._manifest.names:
-            return await self._store.read_at(file_key(self._journal.epoch, name), end - _LINE_TAIL_BYTES, end)
+            return await self._store.read_at(file_key(self._journal.epoch, name), end - TAIL_BYTES, TAIL_BYTES)
         key = piece_key(self._journal.epoch, name, self._pieces[name][-1])
         document = await self._store.get_document(key)
-        return b"" if document is None else document.data[-_LINE_TAIL_BYTES:]
+        return b"" if document is None else document.data[-TAIL_BYTES:]
 
     async def _local_end(self, name: str, end: int) -> bytes:
-        return await asyncio.to_thread(_read, self._journal.folder / name, end - _LINE_TAIL_BYTES, end)
+        return await asyncio.to_thread(_read, self._journal.folder / name, end - TAIL_BYTES, end)
 
     # --- shipping ---
 
