@@ -32,7 +32,7 @@ from worker.storage.blobstore import (
     Usage,
     observed,
 )
-from worker.storage.disk_files import NewFile, make_folder, open_blob, replace
+from worker.storage.disk_files import NewFile, make_folder, open_blob, open_private, replace
 from worker.storage.hashing import Expectation, blocks
 from worker.storage.pending import Pending
 from worker.storage.threads import byte_threads
@@ -239,7 +239,7 @@ class DiskStore:
         def work() -> Document | None:
             path = self._path(name)
             make_folder(path.parent)
-            with (self._root / ".documents.lock").open("a") as lock:
+            with os.fdopen(open_private(self._root / ".documents.lock", os.O_WRONLY | os.O_CREAT), "wb") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the whole look-and-write is one step
                 except BlockingIOError:
