@@ -185,8 +185,9 @@ class App:
         self.dispatcher.vouch = lambda: self._confirm_ownership(owner) if self._presence.doubtful else None
         self.clean_up.spare_older_than(owner)
         if self._settings.archive.enabled:
-            self.archive = self._archive()
-            await begin_archive(self.archive)
+            archive = self._archive()
+            await begin_archive(archive)
+            self.archive = archive  # from here on: one that must not be used is not finished either
         self.registry.start()
         self.readiness.set("registry", True)
         self._tell_room()
