@@ -58,7 +58,8 @@ class PartToSign(Wire):
 
 
 class GetUpload(Wire):
-    """With `path` and `parts` the reply has signed addresses for these parts of that file."""
+    """With `path` and `parts` the reply has signed addresses for these parts of that file, and what was `received` of
+    that file only."""
 
     upload_id: Ulid
     path: FilePath | None = None

@@ -2,7 +2,7 @@
 
 Boot: HTTP listens (not ready, saying why) -> registry locked, verified, replayed -> storage reachable and ours -> open
 for requests, jobs resumed -> broker. Drain: not ready, no new writes -> consumer cancelled, running requests finish ->
-HTTP transfers finish -> jobs left for the next boot -> journal closed with its mark.
+HTTP transfers finish -> jobs left for the next boot -> journal ends with its mark -> archive finished -> registry free.
 """
 
 from __future__ import annotations
@@ -185,8 +185,9 @@ class App:
         self.dispatcher.vouch = lambda: self._confirm_ownership(owner) if self._presence.doubtful else None
         self.clean_up.spare_older_than(owner)
         if self._settings.archive.enabled:
-            self.archive = self._archive()
-            await begin_archive(self.archive)
+            archive = self._archive()
+            await begin_archive(archive)
+            self.archive = archive  # from here on: one that must not be used is not finished either
         self.registry.start()
         self.readiness.set("registry", True)
         self._tell_room()
@@ -370,9 +371,10 @@ class App:
         await self._step(self.service.stop())  # an upload that finishes is still looked into
         if self.amqp is not None:
             await self._step(self.amqp.close())
-        await self._step(self.registry.close())
+        await self._step(self.registry.finish())
         if self.archive is not None:
             await self._step(self.archive.finish(max(1.0, deadline - time.monotonic())))
+        await self._step(self.registry.close())  # its next owner begins at once, and archives: not two at a time
         await self._step(self.store.close())
         _log.info("worker_stopped")
 

@@ -124,10 +124,16 @@ class Registry:
         gc.set_threshold(50_000, 20, 50)
         self.journal.start(self._on_durable)
 
-    async def close(self) -> None:
-        """Let running transactions end, then close the journal."""
+    async def finish(self) -> None:
+        """Let running transactions end, then finish the journal: nothing is written any more."""
         if self._transactions:
             await asyncio.wait(self._transactions)
+        if self._journal is not None:
+            await self._journal.finish()
+
+    async def close(self) -> None:
+        """Finish, and give the folder free."""
+        await self.finish()
         if self._journal is not None:
             await self._journal.close()
 
@@ -286,6 +292,10 @@ class Registry:
         candidates = self.catalog.blobs.take_unneeded() | self._unpinned
         self._unpinned = set()
         return {key for key in candidates if not self.wanted(key)}
+
+    def give_back(self, keys: Iterable[str]) -> None:
+        """Of what `take_unwanted` returned, or a sweep found: blobs that could not be removed yet."""
+        self._unpinned.update(keys)
 
     # --- repeated requests ---
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
+import os
 import random
 import shutil
 from collections.abc import AsyncIterator, Callable
@@ -16,13 +18,14 @@ from schemas.errors import ModelManagerError
 from tests.rack import LocalRack
 from tests.registry_view import compact_here, view, view_after_boot
 from worker.journal import Until
+from worker.journal.format import TAIL_BYTES
 from worker.storage.blobstore import BlobStore
 from worker.storage.disk import DiskStore
 from worker.storage.memory import MemoryStore
-from worker.upkeep.archive import Archive, ArchiveAhead
+from worker.upkeep.archive import Archive, ArchiveAhead, ArchiveObserver
 from worker.upkeep.archive_layout import Piece, covering
 from worker.upkeep.ownership import NotOwner, take_ownership
-from worker.upkeep.rebuild import CannotRebuild, Rebuilt, rebuild
+from worker.upkeep.rebuild import CannotRebuild, Rebuilt, archives, rebuild
 
 RACK = "rack-1"
 
@@ -238,6 +241,147 @@ async def test_a_store_that_is_away_is_caught_up_with(tmp_path: Path) -> None:
     await rack.registry.close()
     await rebuilt(store, tmp_path / "rebuilt")
     assert await view_after_boot(tmp_path / "rebuilt") == await view_after_boot(tmp_path / "registry")
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+async def test_a_segment_that_is_gone_from_the_archive_is_shipped_again(tmp_path: Path, gone: int) -> None:
+    store = MemoryStore()
+    rack = await opened(tmp_path, store)
+    archive = archive_of(rack)
+    await archive.begin()
+    for step in range(3):
+        await rack.store_bytes("net", f"1.{step}.0", bytes([step]))
+        await rack.registry.journal.rotate()
+        await archive.round()
+    before = view(rack.registry)
+    del store.blobs[sorted(key for key in store.blobs if key.startswith("journal/"))[gone]]
+    with pytest.raises(CannotRebuild, match="gone from the storage"):
+        await rebuilt(store, tmp_path / "too-early")
+    again = archive_of(rack)
+    await again.begin()
+    await again.round()
+    assert again.head == rack.registry.journal.head
+    await rack.registry.close()
+    await rebuilt(store, tmp_path / "rebuilt", epoch=1)
+    assert await view_after_boot(tmp_path / "rebuilt") == before
+
+
+async def test_a_base_that_is_gone_from_the_archive_is_shipped_again(tmp_path: Path) -> None:
+    store = MemoryStore()
+    rack = await opened(tmp_path, store)
+    archive = archive_of(rack)
+    await archive.begin()
+    for step in range(3):
+        await rack.store_bytes("net", f"1.{step}.0", bytes([step]))
+    await compact_here(rack.registry)
+    await archive.round()
+    before = view(rack.registry)
+    del store.blobs[next(key for key in store.blobs if "base-" in key)]
+    again = archive_of(rack)
+    await again.begin()
+    await again.round()
+    await rack.registry.close()
+    assert any("base-" in key for key in store.blobs)
+    await rebuilt(store, tmp_path / "rebuilt", epoch=1)
+    assert await view_after_boot(tmp_path / "rebuilt") == before
+
+
+async def test_the_last_archived_bytes_alone_are_read_to_see_whose_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    rack = await opened(tmp_path, store)
+    await rack.store_bytes("net", "1.0.0", b"bytes")
+    await rack.registry.journal.rotate()
+    archive = archive_of(rack)
+    await archive.begin()
+    await archive.round()
+    for key in [key for key in store.documents if "/tail/" in key]:
+        del store.documents[key]
+    lengths = []
+    read_at = store.read_at
+
+    async def watched(key: str, offset: int, length: int) -> bytes:
+        lengths.append(length)
+        return await read_at(key, offset, length)
+
+    monkeypatch.setattr(store, "read_at", watched)
+    await archive_of(rack).begin()
+    assert lengths == [TAIL_BYTES]
+    await rack.registry.close()
+
+
+async def test_a_folder_that_cannot_be_read_for_a_while_does_not_end_the_archiving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rack = await opened(tmp_path, MemoryStore())
+    await rack.store_bytes("net", "1.0.0", b"bytes")
+    seen = Rounds()
+    archive = archive_of(rack, period_s=0.01, observe=seen)
+    await archive.begin()
+    open_files = Path.open
+
+    def refused(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.parent == tmp_path / "registry":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return open_files(path, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        archiving = asyncio.create_task(archive.run())
+        await eventually(lambda: archiving.done() or len(seen.errors) > 2)
+        assert not archiving.done()
+        await archive.finish(1)
+    assert seen.errors[:3] == ["ERR_STORAGE_UNAVAILABLE"] * 3
+    await eventually(lambda: archive.lag_s == 0.0 and archive.head == rack.registry.journal.head)
+    archiving.cancel()
+    await asyncio.wait([archiving])
+    await rack.close()
+
+
+class Rounds(ArchiveObserver):
+    def __init__(self) -> None:
+        self.errors: list[str | None] = []
+
+    def round_ended(self, seconds: float, error: str | None) -> None:
+        self.errors.append(error)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_what_is_published_while_another_looks_is_not_taken_for_useless(tmp_path: Path) -> None:
+    store = TroubledStore()
+    rack = await opened(tmp_path, store)
+    await archive_of(rack).begin()
+    await rack.store_bytes("net", "1.0.0", b"bytes")
+    await rack.registry.journal.rotate()
+    late, other = archive_of(rack), archive_of(rack)
+    await other.begin()
+    looking = asyncio.Event()
+    looked = asyncio.Event()
+    get_document = store.get_document
+
+    async def slow(name: str) -> Any:
+        found = await get_document(name)
+        if not looking.is_set():
+            looking.set()
+            await looked.wait()
+        return found
+
+    store.get_document = slow  # type: ignore[method-assign]
+    looks = asyncio.create_task(late.begin())
+    await looking.wait()
+    await other.round()
+    looked.set()
+    await looks
+    named = {f"journal/1/{each.file.name}" for each in (await archives(store))[1].manifest.files}
+    assert named
+    assert named <= set(store.blobs)
+    await rack.registry.close()
 
 
 async def test_a_tail_has_few_pieces_however_often_it_grows(tmp_path: Path) -> None:

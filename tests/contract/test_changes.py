@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from schemas.errors import ModelManagerError
 from schemas.hints import hint_of
 from tests.rack import LocalRack
-from worker.journal import Entry
+from worker.journal import Entry, base_name
+from worker.upkeep.compaction_child import compact
 
 
 @pytest.fixture
@@ -91,6 +93,28 @@ async def test_another_epoch_or_a_cursor_beyond_the_head_is_gone(rack: LocalRack
             await rack.call("getChanges", params)
         assert error.value.code == "ERR_CHANGES_GONE"
         assert error.value.details["epoch"] == 1
+
+
+async def test_a_reader_from_whom_compaction_took_changes_away_meanwhile_is_told(
+    rack: LocalRack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await do_one_of_each(rack)
+    journal, loop = rack.registry.journal, asyncio.get_running_loop()
+    manifest = await journal.rotate()
+    written = await asyncio.to_thread(compact, journal.folder, base_name(manifest.generation + 1))
+    base = dataclasses.replace(written, changes_from=written.stands_for)
+    read = journal.read
+
+    def read_behind_it(after: int, limit: int) -> list[Entry]:
+        asyncio.run_coroutine_threadsafe(journal.adopt(base), loop).result(10)
+        return read(after, limit)
+
+    monkeypatch.setattr(journal, "read", read_behind_it)
+    with pytest.raises(ModelManagerError) as error:
+        await changes(rack, 1)
+    assert error.value.code == "ERR_CHANGES_GONE"
+    monkeypatch.undo()
+    assert (await changes(rack, base.changes_from))["changes"] == []
 
 
 async def test_a_waiting_reader_is_answered_as_soon_as_something_changes(rack: LocalRack) -> None:

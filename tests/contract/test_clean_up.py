@@ -11,6 +11,7 @@ import pytest
 
 from schemas.errors import ModelManagerError
 from tests.rack import LocalRack
+from worker.storage.blobstore import BlobStat
 
 
 @pytest.fixture
@@ -66,6 +67,90 @@ async def test_bytes_that_no_record_names_are_swept(rack: LocalRack) -> None:
     (rack.folder / "models" / "blobs" / "01ARZ3NDEKTSV4RRFFQ69G5FAV").write_bytes(b"left by a crash")
     await rack.clean_up.sweep()
     assert blob_names(rack) == kept
+
+
+class StoreAway:
+    """The store of a rack, which cannot remove what is in `stuck`, and nothing, nor answer, while it is `away`."""
+
+    def __init__(self, rack: LocalRack, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.away = False
+        self.stuck: set[str] = set()
+        store = rack.store
+        probe, delete, listing = store.probe, store.delete, store.list
+
+        def answer(key: str = "") -> None:
+            if self.away or key.removeprefix("blobs/") in self.stuck:
+                raise ModelManagerError("ERR_STORAGE_UNAVAILABLE")
+
+        async def answered_probe() -> None:
+            answer()
+            await probe()
+
+        async def answered_delete(key: str) -> None:
+            answer(key)
+            await delete(key)
+
+        async def answered_list(prefix: str) -> AsyncIterator[BlobStat]:
+            answer()
+            async for stat in listing(prefix):
+                yield stat
+
+        monkeypatch.setattr(store, "probe", answered_probe)
+        monkeypatch.setattr(store, "delete", answered_delete)
+        monkeypatch.setattr(store, "list", answered_list)
+
+
+async def test_what_could_not_be_removed_is_removed_once_the_store_is_back(
+    rack: LocalRack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StoreAway(rack, monkeypatch)
+    for number in range(5):
+        await rack.store_bytes(f"net-{number}", "1.0.0", bytes([number]))
+        await rack.call("deleteModel", {"modelId": f"net-{number}", "purge": True})
+    store.away = True
+    for _ in range(2):
+        with pytest.raises(ModelManagerError, match="ERR_STORAGE_UNAVAILABLE"):
+            await rack.clean_up.round()
+    store.away = False
+    await rack.clean_up.round()
+    assert blob_names(rack) == set()
+
+
+async def test_a_blob_that_cannot_be_removed_does_not_keep_the_others(
+    rack: LocalRack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StoreAway(rack, monkeypatch)
+    for number in range(5):
+        await rack.store_bytes(f"net-{number}", "1.0.0", bytes([number]))
+    left = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
+    (rack.folder / "models" / "blobs" / left).write_bytes(b"left by a crash")
+    store.stuck = {left, *sorted(blob_names(rack))[:2]}
+    for number in range(5):
+        await rack.call("deleteModel", {"modelId": f"net-{number}", "purge": True})
+    await rack.clean_up.sweep()
+    await rack.clean_up.round()
+    assert blob_names(rack) == store.stuck
+    store.stuck = set()
+    await rack.clean_up.round()
+    assert blob_names(rack) == set()
+
+
+async def test_a_sweep_that_failed_is_made_again_until_it_comes_to_its_end(
+    rack: LocalRack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (rack.folder / "models" / "blobs").mkdir(parents=True, exist_ok=True)
+    (rack.folder / "models" / "blobs" / "01ARZ3NDEKTSV4RRFFQ69G5FAV").write_bytes(b"left by a crash")
+    store = StoreAway(rack, monkeypatch)
+    store.away = True
+    cleaning = asyncio.create_task(rack.clean_up.run())
+    await asyncio.sleep(0.2)
+    assert len(blob_names(rack)) == 1
+    store.away = False
+    async with asyncio.timeout(10):
+        while blob_names(rack):
+            await asyncio.sleep(0.02)
+    cleaning.cancel()
+    await asyncio.wait([cleaning])
 
 
 async def test_stores_deletes_and_clean_up_at_the_same_time_lose_nothing(rack: LocalRack) -> None:

@@ -8,19 +8,20 @@ import random
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from tests.registry_view import view
 from worker.journal import Base, Entry, Files, Journal, JournalDamaged, SealedFile, verify
-from worker.journal.manifest import read_manifest
+from worker.journal.manifest import read_manifest, segment_first
 from worker.registry import Change, Registry
 from worker.upkeep.compaction import Compaction
 from worker.upkeep.compaction_child import compact
 
 DAY_MS = 24 * 3600 * 1000
 NOW_S = 1_800_000_000.0
+NAME = "base-0000000099.jsonl"
 
 
 def store(model: str, version: str, number: int, **more: Any) -> dict[str, Any]:
@@ -230,6 +231,62 @@ async def test_the_feed_gives_what_is_left_with_the_sequences_it_had(registry: R
     assert registry.journal.read(last.sequence, 100) == [later]
 
 
+class WatchedFiles(Files):
+    """Something is done once before a file is opened to be read."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, Callable[[], object]] = {}
+
+    def reader(self, path: Path) -> BinaryIO:
+        self.before.pop(path.name, lambda: None)()
+        return super().reader(path)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda journal, entries: journal.read(0, 100),
+        lambda journal, entries: [journal.entry(entry.sequence) for entry in entries],
+        lambda journal, entries: [
+            Entry(entry.sequence, entry.time_ms, entry.op, journal.record(entry.sequence)[0]) for entry in entries
+        ],
+    ],
+    ids=["read", "entry", "record"],
+)
+async def test_a_reader_goes_on_in_the_base_when_compaction_takes_its_files_away(
+    tmp_path: Path, read: Callable[[Journal, list[Entry]], list[Entry]]
+) -> None:
+    files = WatchedFiles()
+    journal = Journal.open(tmp_path, replay=lambda _: None, files=files)
+    journal.start(lambda _: None)
+    entries = []
+    for number in range(5):
+        entries.append(await journal.append("store", store(f"m-{number}", "1", number)))
+        await journal.rotate()
+
+    async def compact_it() -> None:
+        await journal.adopt(await asyncio.to_thread(compact, tmp_path, NAME))
+
+    loop = asyncio.get_running_loop()
+    (third,) = (name for name in journal.durable.manifest.names if segment_first(name) == entries[2].sequence - 1)
+    files.before[third] = lambda: asyncio.run_coroutine_threadsafe(compact_it(), loop).result(30)
+    assert await asyncio.to_thread(read, journal, entries) == entries
+    assert journal.durable.manifest.base is not None
+    await journal.close()
+
+
+async def test_a_file_that_is_gone_without_a_compaction_is_an_error(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path, replay=lambda _: None)
+    journal.start(lambda _: None)
+    entry = await journal.append("put", {})
+    (tmp_path / journal.durable.manifest.active).unlink()
+    with pytest.raises(FileNotFoundError):
+        journal.read(0, 100)
+    with pytest.raises(FileNotFoundError):
+        journal.record(entry.sequence)
+    await journal.close()
+
+
 def written(folder: Path, *records: tuple[float, str, dict[str, Any]]) -> None:
     """A journal with these records, each written at that time (days before now)."""
     clock = [0.0]
@@ -329,9 +386,6 @@ def filled(folder: Path) -> dict[str, Any]:
         return seen
 
     return asyncio.run(fill())
-
-
-NAME = "base-0000000099.jsonl"
 
 
 def written_only(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,18 @@ async def test_parts_that_were_put_become_the_blob(caller: Caller, place: S3Plac
     assert metadata["model-manager-sha256"] == sha256(DATA)
     assert metadata["model-manager-size"] == str(len(DATA))
     assert await caller.uploads.parts(caller.key, caller.id) == {}
+
+
+@pytest.mark.parametrize("caller", ["plain", "retrying"], indirect=True)
+async def test_uploads_that_are_not_over_are_listed(caller: Caller, place: S3Place) -> None:
+    place.client.create_multipart_upload(Bucket=place.bucket, Key="racks/r2/blobs/another-s")
+    before = time.time()
+    parts = await caller.send_all()
+    (begun,) = [upload async for upload in caller.uploads.begun()]
+    assert (begun.key, begun.upload_id) == (caller.key, caller.id)
+    assert abs(begun.since - before) < 5
+    await caller.uploads.complete(caller.key, caller.id, parts)
+    assert [upload async for upload in caller.uploads.begun()] == []
 
 
 async def test_an_altered_part_is_refused(caller: Caller) -> None:

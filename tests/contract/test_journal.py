@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from zlib import crc32
 import pytest
 
 from schemas.errors import ModelManagerError
-from worker.journal import Entry, Journal, JournalFailed, JournalLocked, JournalObserver, dump, verify
+from worker.journal import Entry, Files, Journal, JournalFailed, JournalLocked, JournalObserver, dump, verify
 
 
 def reopened(folder: Path, **options: Any) -> tuple[Journal, list[Entry]]:
@@ -129,6 +130,21 @@ async def test_read_and_entry_reach_every_record_across_segments(tmp_path: Path)
     await journal.close()
 
 
+async def test_a_journal_that_is_finished_has_its_mark_and_keeps_the_folder_until_it_is_closed(tmp_path: Path) -> None:
+    journal, _ = reopened(tmp_path)
+    journal.start(lambda _: None)
+    entry = await journal.append("put", {})
+    await journal.finish()
+    assert journal.durable.head == entry.sequence + 1
+    assert journal.read(0, 10) == [entry]
+    with pytest.raises(ModelManagerError, match="ERR_SHUTTING_DOWN"):
+        await journal.append("put", {})
+    with pytest.raises(JournalLocked):
+        reopened(tmp_path)
+    await journal.close()
+    assert await replayed(tmp_path) == [entry]
+
+
 async def test_a_second_opener_is_refused_and_gets_in_after_the_first_closes(tmp_path: Path) -> None:
     first, _ = reopened(tmp_path)
     with pytest.raises(JournalLocked, match=r"pid \d+ on "):
@@ -148,6 +164,44 @@ async def test_registry_and_epoch_stay_the_same_for_the_life_of_a_journal(tmp_pa
     await second.close()
     assert len(first.registry_id) == 32
     assert (second.registry_id, second.epoch) == (first.registry_id, first.epoch) == (first.registry_id, 1)
+
+
+class HeldFiles(Files):
+    """Syncs wait for their turn."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Event()
+        self.turn.set()
+
+    def fdatasync(self, fd: int) -> None:
+        assert self.turn.wait(10)
+        super().fdatasync(fd)
+
+
+@pytest.mark.parametrize("ends", ["well", "stopped"])
+async def test_a_rotation_that_nobody_waits_for_any_more_does_not_stop_the_journal(tmp_path: Path, ends: str) -> None:
+    files = HeldFiles()
+    journal, _ = reopened(tmp_path, files=files)
+    journal.start(lambda _: None)
+    first = await journal.append("put", {})
+    files.turn.clear()
+    writes = asyncio.create_task(journal.append("put", {}))
+    await asyncio.sleep(0.05)
+    rotates = asyncio.create_task(journal.rotate())
+    await asyncio.sleep(0.05)
+    rotates.cancel()
+    await asyncio.wait([rotates])
+    if ends == "stopped":
+        journal.stop("the test says so")
+        files.turn.set()
+        with pytest.raises(JournalFailed, match="the test says so"):
+            await writes
+    else:
+        files.turn.set()
+        entries = [first, await writes, await journal.append("put", {})]
+        assert journal.healthy
+        assert journal.read(0, 10) == entries
+    await journal.close()
 
 
 async def test_a_cancelled_wait_does_not_undo_the_append(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
@@ -17,6 +17,9 @@ from tests.rack import LocalRack
 from worker.context import Context
 from worker.storage.retrying import RetryingStore
 from worker.storage.s3 import S3Store
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
 
 PART = 16 * 1024 * 1024
 
@@ -224,6 +227,21 @@ async def test_an_upload_survives_a_restart(s3: LocalRack, object_store: ObjectS
     assert report["isValid"] is True
     await again.close()
     s3.open()
+
+
+async def test_parts_of_blobs_that_no_record_names_are_swept(
+    s3: LocalRack, s3_bucket: str, s3_client: S3Client
+) -> None:
+    def left() -> set[str]:
+        return {upload["Key"] for upload in s3_client.list_multipart_uploads(Bucket=s3_bucket).get("Uploads", [])}
+
+    await create(s3, big=b"x" * 1000)
+    (named,) = left()
+    others = {"rack-1/journal/1/base", "rack-2/blobs/other"}
+    for key in ("rack-1/blobs/left-by-a-crash", *others):
+        s3_client.create_multipart_upload(Bucket=s3_bucket, Key=key)
+    await s3.clean_up.sweep_parts()
+    assert left() == {named, *others}
 
 
 async def test_on_disk_a_file_can_be_sent_again_after_a_restart(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -35,6 +36,30 @@ def refusal(service: Service, status: int) -> str:
 
 
 # --- refused ---
+
+
+def test_an_older_copy_of_the_registry_is_refused_and_leaves_the_archive_of_its_successor_as_it_is(
+    processes: Processes,
+) -> None:
+    registry, archive = processes.folder / "data/registry", processes.folder / "data/models/journal"
+    service = processes.start().until_ready()
+    assert service.put("first", b"first").status == 201
+    assert service.stop() == 0
+    shutil.copytree(registry, processes.folder / "copy")
+    service = processes.start(settings={"archive.periodSeconds": 0.1}).until_ready()
+    assert service.put("second", b"second").status == 201
+    stored = service.get("/api/stats")["registry"]["sequence"]
+    service.until(lambda: service.get("/api/stats")["registry"]["archivedSequence"] >= stored, "archived")
+    service.kill()
+    shutil.rmtree(registry)
+    shutil.copytree(processes.folder / "copy", registry)
+
+    def archived() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in archive.rglob("*") if path.is_file()}
+
+    before = archived()
+    assert "older copy" in refusal(processes.start(), EXIT_CONFIG_INVALID)
+    assert archived() == before
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.process import REAL_MODEL, Processes, Service
+from worker.app import App
 from worker.client.amqp_caller import AmqpCaller
 from worker.client.client import ModelManagerClient
+from worker.journal.lock import is_held
+from worker.settings import load_settings
+from worker.stall import LoopWatch, Supervisor
+from worker.upkeep.archive import Archive
 
 CONTENT = os.urandom(40_000_000)  # more than the buffers between two processes hold
 SENT_BEFORE = 1_000_000
@@ -157,6 +162,30 @@ def test_jobs_that_were_running_are_resumed_by_the_next_process_and_end(processe
         ended = again.get(f"/api/jobs/{job}?waitMs=5000")
         assert (ended["state"], ended["result"]["isValid"]) == ("succeeded", True)
     assert again.stop() == 0
+
+
+async def test_the_registry_is_its_next_owner_s_only_when_the_archive_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, seen = Archive.finish, []
+
+    async def watched(archive: Archive, timeout_s: float) -> None:
+        await finish(archive, timeout_s)
+        seen.append((is_held(tmp_path / "registry"), (tmp_path / "models/journal/1/CLOSED").exists()))
+
+    monkeypatch.setattr(Archive, "finish", watched)
+    (tmp_path / "common.json").write_text("{}")
+    places = {"registry.path": str(tmp_path / "registry"), "storage.path": str(tmp_path / "models"), "http.port": 0}
+    loaded = load_settings(places, environment={"MODEL_MANAGER_CONFIG": str(tmp_path / "common.json")})
+    stop, app = asyncio.Event(), App(loaded, LoopWatch(60.0, Supervisor({})), broker=False)
+    running = asyncio.create_task(app.run(stop))
+    async with asyncio.timeout(30):
+        while not (app.readiness.checks and app.readiness.ready):
+            await asyncio.sleep(0.02)
+    stop.set()
+    assert await running == 0
+    assert seen == [(True, True)]
+    assert not is_held(tmp_path / "registry")
 
 
 async def test_requests_on_the_queue_when_the_worker_stops_are_answered_by_the_next_one(

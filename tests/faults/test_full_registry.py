@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
+import os
 import re
 import shutil
 import socket
@@ -19,11 +21,12 @@ from tests.contract.test_compaction import store, update
 from tests.process import Answer, Processes, Service
 from tests.small_disk import MIB, MountedDisk, mounted
 from worker.client.amqp_caller import AmqpCaller
-from worker.journal import verify
+from worker.journal import Files, verify
+from worker.journal.manifest import Manifest
 from worker.journal.reserve import RESERVE
 from worker.metrics import Metrics
 from worker.registry import Change, Registry
-from worker.upkeep.compaction import Compaction, NoRoomToCompact
+from worker.upkeep.compaction import Compaction, CompactionFailed, NoRoomToCompact
 
 PATCH = "/api/models/acme/kept/versions/1.0.0"
 UPLOAD = {
@@ -221,6 +224,48 @@ async def test_compaction_without_room_says_what_it_needs_and_leaves_nothing(tmp
     assert await registry.look(lambda: registry.catalog.resolve("m", "1").revision) == 0
     await registry.close()
     assert verify(disk.folder).damage is None
+
+
+async def test_a_base_that_cannot_be_adopted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = await filled(tmp_path, updates=5)
+    publish = Manifest.publish
+
+    def without_room(manifest: Manifest, files: Files, folder: Path) -> None:
+        if manifest.base is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        publish(manifest, files, folder)
+
+    monkeypatch.setattr(Manifest, "publish", without_room)
+    with pytest.raises(NoRoomToCompact):
+        await Compaction(registry).compact()
+    assert not list(tmp_path.glob("base-*"))
+    await registry.close()
+
+
+async def test_a_compaction_without_file_descriptors_is_tried_again_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = await filled(tmp_path, updates=5)
+    journal = registry.journal
+    manifest = await journal.rotate()
+    left = tmp_path / f"base-{manifest.generation + 1:010d}.jsonl.tmp"
+    left.write_bytes(b"left")
+
+    async def refused(*arguments: Any, **named: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "create_subprocess_exec", refused)
+        with pytest.raises(CompactionFailed, match="Too many open files"):
+            await Compaction(registry).compact()
+        assert not left.exists()
+        running = asyncio.create_task(Compaction(registry, min_bytes=1, period_s=0.01).run())
+        await asyncio.sleep(0.2)
+    assert not running.done()
+    running.cancel()
+    await asyncio.wait([running])
+    assert (await Compaction(registry).compact()).records == 2
+    await registry.close()
 
 
 async def test_a_compaction_that_fails_half_way_leaves_the_room_it_took(tmp_path: Path) -> None:

@@ -56,6 +56,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+async def test_nobody_but_the_owner_and_its_group_reads_what_is_stored(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        store = DiskStore(tmp_path / "storage")
+        await put(store, b"bytes")
+        await store.put_document("journal/1/MANIFEST", b"{}", etag=None)
+        await store.close()
+    finally:
+        os.umask(before)
+    found = [tmp_path / "storage", *(tmp_path / "storage").rglob("*")]
+    assert len(found) > 5
+    assert {path.name: oct(path.stat().st_mode & 0o007) for path in found if path.stat().st_mode & 0o007} == {}
+
+
 async def test_a_full_disk_is_told_and_keeps_no_piece(small_disk: Path) -> None:
     store = DiskStore(small_disk)
     kept = await put(store, content(MIB))

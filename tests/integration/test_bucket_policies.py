@@ -96,7 +96,9 @@ async def test_a_worker_on_its_policies_takes_gives_removes_and_archives(
         listed = s3_client.list_objects_v2(Bucket=s3_bucket, Prefix=prefix)
         return [entry["Key"] for entry in listed.get("Contents", [])]
 
+    s3_client.create_multipart_upload(Bucket=s3_bucket, Key="rack-1/blobs/left-by-a-crash")
     wait_until(lambda: not keys("rack-1/blobs/"), "the bytes are removed")
+    wait_until(lambda: "Uploads" not in s3_client.list_multipart_uploads(Bucket=s3_bucket), "the parts are dropped")
     wait_until(lambda: keys("rack-1/journal/"), "the journal is archived")
     assert service.stop() == 0
     assert "refuses this worker" not in service.log

@@ -72,6 +72,7 @@ class Appender:
         self.manifest = recovered.manifest
         self.segments = tuple(recovered.segments)
         """All files, a base first, the active one last. Replaced, never changed, so any thread may look at it."""
+        self.changes_from = recovered.changes_from
         self.sequence = recovered.sequence
         """Of the last durable line."""
         self.fsync_failures = 0
@@ -190,6 +191,7 @@ class Appender:
             self._helped(partial(manifest.publish, self._files, self._folder))
         left = [file for file in self.manifest.sealed if file.name not in manifest.names]
         self.manifest = manifest
+        self.changes_from = base.changes_from  # before the files, for readers that look at it behind those
         self.segments = (segment, *(kept for kept in self.segments if kept.first > base.stands_for))
         return left
 

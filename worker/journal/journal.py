@@ -63,8 +63,8 @@ class Journal:
     """One owner of one folder, from `open` to `close`. The order of records is the same in the file, in `on_durable`,
     in `read` and in the next replay.
 
-    `append` and `close` belong to the event loop that `start` was called on; `read` and `entry` block and may be called
-    from any thread.
+    `append`, `finish` and `close` belong to the event loop that `start` was called on; `read` and `entry` block and may
+    be called from any thread.
     """
 
     def __init__(
@@ -93,8 +93,6 @@ class Journal:
         self._ending: asyncio.Future[None] | None = None
         self.epoch = appender.manifest.epoch
         self.registry_id = appender.manifest.registry_id
-        self.changes_from = recovered.changes_from
-        """Of the changes up to this sequence, compaction has dropped some that a reader behind it would need."""
         self.superseded = Superseded(files, folder)
 
     @classmethod
@@ -254,7 +252,6 @@ class Journal:
         """
         segment = await asyncio.to_thread(read_written, self._files, self._folder, base)
         left = await asyncio.wrap_future(self._accepting().run(lambda appender: appender.adopt(base, segment)))
-        self.changes_from = base.changes_from
         await self.superseded.take(left)
 
     async def free_up(self, size: int) -> int:
@@ -267,7 +264,8 @@ class Journal:
     async def discard(self, name: str) -> None:
         """Remove what there is of a base that was to have this name; one that was adopted stays."""
         if name not in self._appender.manifest.names:
-            await self.superseded.remove(name, f"{name}.tmp", f"{index_name(name)}.tmp")
+            names = (name, index_name(name))
+            await self.superseded.remove(*names, *(f"{each}.tmp" for each in names))
 
     @property
     def folder(self) -> Path:
@@ -278,6 +276,12 @@ class Journal:
         """When the disk was found full, in unix seconds; None while there is room. Until there is enough again, only
         what frees room is appended."""
         return self._appender.reserve.full_since
+
+    @property
+    def changes_from(self) -> int:
+        """Of the changes up to this sequence, compaction has dropped some that a reader behind it would need: one that
+        `read` and is behind it afterwards may have missed some."""
+        return self._appender.changes_from
 
     @property
     def sealed_bytes(self) -> tuple[int, int]:
@@ -328,15 +332,20 @@ class Journal:
             torn_bytes=self._torn_bytes,
         )
 
-    async def close(self) -> None:
-        """Finish what was appended, write a mark and give the folder free. May be called again.
+    async def finish(self) -> None:
+        """Finish what was appended and write a mark; the folder stays ours, to be read. May be called again.
 
-        Records that still wait for room are refused with ERR_SHUTTING_DOWN. Cancelling it does not stop the closing.
+        Records that still wait for room are refused with ERR_SHUTTING_DOWN. Cancelling it does not stop the finishing.
         """
         if self._ending is None:
             self._room.refuse(ModelManagerError("ERR_SHUTTING_DOWN"))
             self._ending = asyncio.ensure_future(asyncio.to_thread(self._end))
         await asyncio.shield(self._ending)
+
+    async def close(self) -> None:
+        """Finish, and give the folder free: its next owner may be there at once. May be called again."""
+        await self.finish()
+        self._lock.release()
 
     def _accepting(self) -> Writer:
         if self._failure is not None:
@@ -403,7 +412,6 @@ class Journal:
             self._writer.stop()
             self._writer.join()
         self._appender.close()
-        self._lock.release()
 
 
 def _recover_without_collections(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from worker.journal.appender import Appender
 from worker.journal.files import Files
 from worker.journal.format import Entry
 from worker.journal.segment import Segment
+
+_T = TypeVar("_T")
 
 
 class Lookups:
@@ -26,21 +28,38 @@ class Lookups:
 
         Raises JournalDamaged if a line is not what it was.
         """
-        # After `until` was looked at, so that the segment it is in is among them.
-        segments = self._appender.segments
         found: list[Entry] = []
-        for segment in segments[_position(segments, after + 1) :]:
-            for entry in segment.entries(self._files, self._folder, after=after, until=until):
-                found.append(entry)
-                if len(found) == limit:
-                    return found
-        return found
+
+        def go_on(segments: Sequence[Segment]) -> list[Entry]:
+            behind = found[-1].sequence if found else after
+            for segment in segments[_position(segments, behind + 1) :]:
+                for entry in segment.entries(self._files, self._folder, after=behind, until=until):
+                    found.append(entry)
+                    if len(found) == limit:
+                        return found
+            return found
+
+        return self._among_segments(go_on)
 
     def record(self, sequence: int, *, wait: bool) -> tuple[dict[str, Any], int]:
         """As `Segment.record`, of the segment that has the line."""
-        segments = self._appender.segments
-        segment = segments[_position(segments, sequence)]
-        return segment.record(self._files, self._folder, sequence, wait=wait)
+
+        def look(segments: Sequence[Segment]) -> tuple[dict[str, Any], int]:
+            segment = segments[_position(segments, sequence)]
+            return segment.record(self._files, self._folder, sequence, wait=wait)
+
+        return self._among_segments(look)
+
+    def _among_segments(self, look: Callable[[Sequence[Segment]], _T]) -> _T:
+        """`look` at the files there are; again if compaction took one away before it was opened, since another file
+        stands for it then."""
+        while True:
+            segments = self._appender.segments
+            try:
+                return look(segments)
+            except FileNotFoundError:
+                if segments is self._appender.segments:
+                    raise
 
 
 def _position(segments: Sequence[Segment], sequence: int) -> int:

@@ -41,6 +41,10 @@ class Errand:
     work: Callable[[Appender], Any]
     done: Future[Any]
 
+    def is_wanted(self) -> bool:
+        """Whether anybody still waits for it; from then on `done` cannot be cancelled any more. Called once."""
+        return self.done.set_running_or_notify_cancel()
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -101,7 +105,8 @@ class Writer:
             except Empty:
                 return left
             if isinstance(pending, Errand):
-                pending.done.set_exception(JournalFailed(failure))
+                if pending.is_wanted():
+                    pending.done.set_exception(JournalFailed(failure))
             elif pending is not None:
                 left.append(pending)
 
@@ -134,6 +139,8 @@ class Writer:
                 self._report(Outcome([], [], self._appender.sequence))
 
     def _do(self, errand: Errand) -> None:
+        if not errand.is_wanted():
+            return
         try:
             result = errand.work(self._appender)
         except ModelManagerError as error:

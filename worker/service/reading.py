@@ -262,6 +262,8 @@ class Reading:
         while True:
             head = journal.head
             entries = await asyncio.to_thread(journal.read, after, params.limit)
+            if after < journal.changes_from:  # compaction took some away meanwhile
+                raise ModelManagerError("ERR_CHANGES_GONE", epoch=journal.epoch, head=journal.head)
             changes = [
                 hint
                 for entry in entries

@@ -89,6 +89,7 @@ class ModelService:
     async def stop(self) -> None:
         """Stop the jobs, which go on at the next boot, and the threads."""
         await self.jobs.stop()
+        await self.uploads.stop()
         self._examining.close()
 
     # --- jobs ---
@@ -107,7 +108,7 @@ class ModelService:
         return await self._run_job("replicateModel", work, params.wait_ms, context)
 
     async def _begin_complete(self, params: CompleteUpload, context: Context) -> dict[str, Any]:
-        await self.uploads.describe(params.upload_id)  # refuses an unknown one before a job is recorded
+        self.uploads.find(params.upload_id)  # refuses an unknown one before a job is recorded
         return await self._run_job("completeUpload", {"uploadId": params.upload_id}, params.wait_ms, context)
 
     async def _complete_upload(self, params: dict[str, Any], progress: Callable[[str, int], None]) -> Commit:

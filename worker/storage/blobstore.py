@@ -112,6 +112,19 @@ class PartPlan:
     parts: int
 
 
+def part_count(size: int, part_size: int) -> int:
+    return max(1, -(-size // part_size))
+
+
+@dataclass(frozen=True, slots=True)
+class BegunUpload:
+    """An upload in parts that is not over; `since` in unix seconds."""
+
+    key: str
+    upload_id: str
+    since: float
+
+
 @dataclass(frozen=True, slots=True)
 class SignedPart:
     """An address to PUT one part to, with the headers that must go along as they are."""
@@ -148,6 +161,9 @@ class DirectUploads(Protocol):
 
     # Drop the parts. Does nothing for an upload that is over.
     async def abort(self, key: str, upload_id: str) -> None: ...
+
+    # All uploads in parts of blobs that are not over, those of a `put` that is under way among them, in no order.
+    def begun(self) -> AsyncIterator[BegunUpload]: ...
 
 
 class BlobStore(Protocol):

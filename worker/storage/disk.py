@@ -32,7 +32,7 @@ from worker.storage.blobstore import (
     Usage,
     observed,
 )
-from worker.storage.disk_files import NewFile, make_folder, open_blob, replace
+from worker.storage.disk_files import NewFile, make_folder, open_blob, open_private, replace
 from worker.storage.hashing import Expectation, pieces
 from worker.storage.pending import Pending
 from worker.threads import byte_threads, processor_threads
@@ -230,16 +230,16 @@ class DiskStore:
     async def get_document(self, name: str) -> Document | None:
         def work() -> Document | None:
             with contextlib.suppress(FileNotFoundError):
-                return _document(self._document_path(name).read_bytes())
+                return _document(self._path(name).read_bytes())
             return None
 
         return await self._run(work)
 
     async def put_document(self, name: str, data: bytes, *, etag: str | None) -> Document:
         def work() -> Document | None:
-            path = self._document_path(name)
+            path = self._path(name)
             make_folder(path.parent)
-            with (self._root / ".documents.lock").open("a") as lock:
+            with os.fdopen(open_private(self._root / ".documents.lock", os.O_WRONLY | os.O_CREAT), "wb") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the whole look-and-write is one step
                 except BlockingIOError:
@@ -264,9 +264,6 @@ class DiskStore:
 
     def _path(self, key: str) -> Path:
         return self._root / key
-
-    def _document_path(self, name: str) -> Path:
-        return self._root / name
 
     def _submit(self, work: Callable[[], _T]) -> asyncio.Future[_T]:
         return asyncio.get_running_loop().run_in_executor(self._threads, _translating, work)

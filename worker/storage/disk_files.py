@@ -60,11 +60,16 @@ def open_blob(path: Path, key: str) -> BinaryIO:
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
+def open_private(path: Path, flags: int) -> int:
+    """A descriptor; a file that is made by this is, as the journal's are, not for everybody: it may tell of models."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o640)
+
+
 def replace(path: Path, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all."""
     new = path.with_name(f"{path.name}.new")
     try:
-        with new.open("wb") as file:
+        with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -81,7 +86,7 @@ def make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=0o750, exist_ok=True)
     sync_folder(folder.parent)
 
 

@@ -17,6 +17,7 @@ from schemas.deadline import remaining
 from schemas.errors import ModelManagerError
 from worker.storage.blobstore import (
     UNOBSERVED,
+    BegunUpload,
     BlobInfo,
     BlobStat,
     BlobStore,
@@ -165,3 +166,6 @@ class _RetryingUploads:
 
     async def abort(self, key: str, upload_id: str) -> None:
         await self._repeat("abort", lambda: self._inner.abort(key, upload_id))
+
+    def begun(self) -> AsyncIterator[BegunUpload]:
+        return self._inner.begun()

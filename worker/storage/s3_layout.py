@@ -17,10 +17,6 @@ def part_size_for(size: int) -> int:
     return max(PART_BYTES_MIN, -(-needed // MIB) * MIB)
 
 
-def part_count(size: int, part_size: int) -> int:
-    return max(1, -(-size // part_size))
-
-
 def blob_metadata(info: BlobInfo, *, size: int, sha256: str) -> dict[str, str]:
     """S3 user metadata: ASCII only (botocore refuses the rest), under 1.5 KB in all."""
     return {

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING
 
 from schemas.errors import ModelManagerError
-from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStat, PartPlan, SignedPart, UploadedPart, observed
+from worker.storage.blobstore import (
+    BegunUpload,
+    BlobInfo,
+    BlobMissing,
+    BlobStat,
+    PartPlan,
+    SignedPart,
+    UploadedPart,
+    observed,
+    part_count,
+)
 from worker.storage.s3_client import PartRefused, S3Calls, UploadGone
-from worker.storage.s3_layout import blob_metadata, part_count, part_size_for
+from worker.storage.s3_layout import blob_metadata, part_size_for
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -143,3 +153,13 @@ class S3DirectUploads:
             await self._calls.run(call, key=key)
         except (UploadGone, BlobMissing):
             return
+
+    async def begun(self) -> AsyncIterator[BegunUpload]:
+        # Asked for by no prefix: MinIO lists those of one whole key, or all.
+        pages = iter(self._calls.client.get_paginator("list_multipart_uploads").paginate(Bucket=self._calls.bucket))
+        blobs = f"{self._prefix}blobs/"
+        while (page := await self._calls.run(lambda: next(pages, None))) is not None:
+            for upload in page.get("Uploads", []):
+                if upload["Key"].startswith(blobs):
+                    key = upload["Key"].removeprefix(self._prefix)
+                    yield BegunUpload(key, upload["UploadId"], upload["Initiated"].timestamp())

@@ -17,9 +17,10 @@ import structlog
 
 from schemas.errors import ModelManagerError
 from worker.journal import Durable, Journal, SealedFile
+from worker.journal.format import TAIL_BYTES
 from worker.journal.manifest import is_base, segment_first
 from worker.journal.replay import place_of_base
-from worker.storage.blobstore import BlobInfo, BlobStore
+from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore
 from worker.upkeep.archive_layout import (
     ROOT,
     ArchivedFile,
@@ -40,7 +41,6 @@ PERIOD_S = 5.0
 KEEP_S = 30 * 86_400.0
 _PIECE_BYTES_MAX = 8 * 1024 * 1024
 _READ_BYTES = 1024 * 1024
-_LINE_TAIL_BYTES = 19
 
 
 class ArchiveAhead(Exception):
@@ -110,14 +110,15 @@ class Archive:
             await asyncio.sleep(self._period_s)
 
     async def finish(self, timeout_s: float) -> None:
-        """Ship the rest of a journal that is closed, and say that this is its end, if it can be done in time."""
+        """Ship the rest of a journal that is finished but not closed, so that nobody else archives it, and say that
+        this is its end, if it can be done in time."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self.round()
                 if self.head >= self._journal.durable.head:
                     end = orjson.dumps({"sequence": self.head})
                     await self._store.put_document(closed_key(self._journal.epoch), end, etag=None)
-        except (ModelManagerError, TimeoutError) as error:
+        except (ModelManagerError, OSError) as error:  # the time being over is one of these
             _log.warning("archive_not_finished", reason=str(error), lag_seconds=round(self.lag_s, 1))
 
     async def _guarded_round(self) -> None:
@@ -129,12 +130,15 @@ class Archive:
             _log.warning("archive_behind", code=code, reason=error.message, lag_seconds=round(self.lag_s, 1))
         except FileNotFoundError:
             code = None  # compaction took a file away; its base is shipped in the next round
+        except OSError as error:
+            code = "ERR_STORAGE_UNAVAILABLE"
+            _log.warning("archive_behind", code=code, reason=str(error), lag_seconds=round(self.lag_s, 1))
         self._observe.round_ended(time.monotonic() - started, code)
 
     async def round(self) -> None:
         """Ship all that is durable now: segments, the tail, then a base, which may be large.
 
-        Raises ModelManagerError, and FileNotFoundError if compaction takes a file away meanwhile.
+        Raises ModelManagerError; OSError of the folder, FileNotFoundError if compaction takes a file away meanwhile.
         """
         if not self._known:
             await self._look()
@@ -177,19 +181,35 @@ class Archive:
 
     async def _look(self) -> None:
         epoch = self._journal.epoch
+        keys = [stat.key async for stat in self._store.list(ROOT)]
+        # Behind the list: so it names all of it that is of use, whoever put it there.
         document = await self._store.get_document(manifest_key(epoch))
         self._etag = None if document is None else document.etag
         if document is not None:
             self._manifest = parse_manifest(document.data)
             if self._manifest.registry_id != self._journal.registry_id:
                 raise ArchiveAhead(f"the archive of epoch {epoch} is of registry {self._manifest.registry_id}")
-        keys = [stat.key async for stat in self._store.list(ROOT)]
+        await self._disown_lost(set(keys))
         found = tails(epoch, (key for key in keys if epoch_of(key) == epoch), self._manifest)
         self._pieces = found.pieces
         self._older = [key for key in keys if (epoch_of(key) or epoch) < epoch]
         for key in found.useless:
             await self._store.delete(key)
         self._known = True
+
+    async def _disown_lost(self, keys: set[str]) -> None:
+        """Take out of MANIFEST what was removed from the store: if the folder has it still, it is shipped again."""
+        lost = []
+        for name in self._manifest.names:
+            key = file_key(self._journal.epoch, name)
+            if key not in keys:
+                try:
+                    await self._store.stat(key)  # it may be there since the list was made
+                except BlobMissing:
+                    lost.append(name)
+        if lost:
+            _log.error("archived_files_lost", names=sorted(lost))
+            await self._publish(self._manifest.without(lost))
 
     async def _check_not_ahead(self, durable: Durable) -> None:
         """Whether the last bytes that were archived are in the folder, at their place."""
@@ -209,13 +229,13 @@ class Archive:
 
     async def _archived_end(self, name: str, end: int) -> bytes:
         if name in self._manifest.names:
-            return await self._store.read_at(file_key(self._journal.epoch, name), end - _LINE_TAIL_BYTES, end)
+            return await self._store.read_at(file_key(self._journal.epoch, name), end - TAIL_BYTES, TAIL_BYTES)
         key = piece_key(self._journal.epoch, name, self._pieces[name][-1])
         document = await self._store.get_document(key)
-        return b"" if document is None else document.data[-_LINE_TAIL_BYTES:]
+        return b"" if document is None else document.data[-TAIL_BYTES:]
 
     async def _local_end(self, name: str, end: int) -> bytes:
-        return await asyncio.to_thread(_read, self._journal.folder / name, end - _LINE_TAIL_BYTES, end)
+        return await asyncio.to_thread(_read, self._journal.folder / name, end - TAIL_BYTES, end)
 
     # --- shipping ---
 

@@ -61,9 +61,13 @@ class CleanUp:
             self._wake.set()
 
     async def run(self) -> None:
-        """Sweep the store once, then clean up on every wake and every period."""
-        await self._guarded(self.sweep)
+        """Sweep the store once, from end to end, and clean up on every wake and every period."""
+        swept, parts_due = False, 0.0
         while True:
+            swept = swept or await self._guarded(self.sweep)
+            if time.monotonic() >= parts_due:
+                parts_due = time.monotonic() + self._period_s
+                await self._guarded(self.sweep_parts)
             await self._guarded(self.round)
             try:
                 async with asyncio.timeout(self._period_s):
@@ -73,20 +77,27 @@ class CleanUp:
             self._wake.clear()
             await asyncio.sleep(_SETTLE_S)
 
-    async def _guarded(self, work: Callable[[], Any]) -> None:
+    async def _guarded(self, work: Callable[[], Any]) -> bool:
+        """Whether it could be done to its end."""
         try:
             await work()
         except ModelManagerError as error:
             _log.warning("clean_up_postponed", code=error.code, reason=error.message)
+            return False
+        return True
 
     async def round(self) -> None:
         """End what is overdue, then remove the blobs that became unwanted."""
         for upload_id in self._uploads.overdue():
             await self._uploads.expire(upload_id)
         await self._end_undo_windows()
-        unwanted = self._registry.take_unwanted()
-        for key in unwanted:
-            await self._remove(key, "unneeded")
+        unwanted = list(self._registry.take_unwanted())
+        try:
+            while unwanted:
+                await self._remove(unwanted[-1], "unneeded")
+                unwanted.pop()
+        finally:
+            self._registry.give_back(unwanted)
 
     async def sweep(self) -> None:
         """Remove the blobs that no record names: left by a process that died between the bytes and the record."""
@@ -96,8 +107,27 @@ class CleanUp:
             if not self._registry.wanted(blob.key) and self._registry.journal.healthy:
                 await self._remove(blob.key, "orphan")
 
+    async def sweep_parts(self) -> None:
+        """Drop the parts of uploads that no record names: of a process that died, or whose request was cut off."""
+        direct = self._store.direct_uploads
+        if direct is None:
+            return
+        async for upload in direct.begun():
+            if upload.since < self._spared_before_s:
+                continue
+            if not self._registry.wanted(upload.key) and self._registry.journal.healthy:
+                await direct.abort(upload.key, upload.upload_id)
+                _log.info("parts_removed", key=upload.key)
+
     async def _remove(self, key: str, kind: str) -> None:
-        await self._store.delete(key)
+        """One that cannot be removed is left to the next round. Raises ModelManagerError if the store is away."""
+        try:
+            await self._store.delete(key)
+        except ModelManagerError as error:
+            await self._store.probe()
+            _log.warning("blob_not_removed", key=key, code=error.code, reason=error.message)
+            self._registry.give_back([key])
+            return
         self._removed(kind)
         _log.info("blob_removed", key=key, kind=kind)
 

@@ -77,12 +77,11 @@ class Compaction:
         """Look every period; a failure is told, and tried again later."""
         while True:
             await asyncio.sleep(self._period_s)
-            if not self._is_due():
-                continue
             try:
-                done = await self.compact()
-                _log.info("journal_compacted", **asdict(done))
-            except (CompactionFailed, ModelManagerError) as error:
+                if self._is_due():
+                    done = await self.compact()
+                    _log.info("journal_compacted", **asdict(done))
+            except (CompactionFailed, ModelManagerError, OSError) as error:
                 _log.error("compaction_failed", reason=str(error))
                 await asyncio.sleep(_AFTER_FAILURE_S)
 
@@ -124,9 +123,9 @@ class Compaction:
         try:
             base = await _written(journal, name)
             await journal.adopt(base)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             await journal.discard(name)
-            raise CompactionFailed(str(error)) from None
+            raise CompactionFailed(str(error)) from error
         except CompactionFailed:
             await journal.discard(name)
             raise

@@ -22,7 +22,7 @@ from worker.journal import FolderTaken, PointUnreachable, Reconstructed, Reconst
 from worker.journal.manifest import segment_name
 from worker.journal.segment import Digest
 from worker.registry import Change, Registry
-from worker.storage.blobstore import BlobStat, BlobStore
+from worker.storage.blobstore import BlobMissing, BlobStat, BlobStore
 from worker.upkeep.archive import Archive
 from worker.upkeep.archive_layout import (
     ROOT,
@@ -250,11 +250,14 @@ class _Source:
         total = sum(each.file.size for each in self.archived.manifest.files)
         digest = Digest()
         with (self.folder / each.file.name).open("wb") as target:
-            async for chunk in self.store.read(file_key(self.epoch, each.file.name)):
-                await asyncio.to_thread(target.write, chunk)
-                await asyncio.to_thread(digest.update, chunk)
-                self.fetched += len(chunk)
-                self.progress("journal", self.fetched, total)
+            try:
+                async for chunk in self.store.read(file_key(self.epoch, each.file.name)):
+                    await asyncio.to_thread(target.write, chunk)
+                    await asyncio.to_thread(digest.update, chunk)
+                    self.fetched += len(chunk)
+                    self.progress("journal", self.fetched, total)
+            except BlobMissing:
+                raise CannotRebuild(f"{each.file.name} was archived and is gone from the storage") from None
         if digest.sealed(each.file.name) != each.file:
             raise CannotRebuild(f"{each.file.name} is not as it was archived")
 

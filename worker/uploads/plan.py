@@ -61,10 +61,6 @@ def planned_file(upload: UploadEntry, path: str) -> PlannedFile:
     raise ModelManagerError("ERR_NOT_FOUND", f"The upload has no file {path}.", path=path)
 
 
-def part_count(size: int, part_size: int) -> int:
-    return max(1, -(-size // part_size))
-
-
 def incomplete(path: str, missing: list[int] | None = None) -> ModelManagerError:
     details: dict[str, Any] = {"path": path}
     if missing:

@@ -9,12 +9,10 @@ arrived is asked of the store.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, cast
 from urllib.parse import quote
-
-import structlog
 
 from schemas.errors import ModelManagerError
 from schemas.ids import digest_of, hex_of, new_ulid
@@ -37,11 +35,9 @@ from worker.context import Context
 from worker.journal import Entry
 from worker.policy import Policy
 from worker.registry import Change, Registry
-from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore, DirectUploads, StoredBlob
-from worker.uploads.plan import Progress, advance, check_plan, incomplete, part_count, planned_file
-
-_log = structlog.get_logger()
-_EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore, StoredBlob, part_count
+from worker.uploads.parts import FilesInParts
+from worker.uploads.plan import Progress, advance, check_plan, incomplete, planned_file
 
 
 class UploadSessions:
@@ -57,6 +53,8 @@ class UploadSessions:
         self._store = store
         self._policy = policy
         self._file_url = file_url
+        direct = store.direct_uploads
+        self._parts = None if direct is None else FilesInParts(direct)
         self._received: dict[tuple[str, str], StoredBlob] = {}  # (upload, path) -> verified bytes on disk
         self._receiving: set[tuple[str, str]] = set()
 
@@ -67,17 +65,14 @@ class UploadSessions:
         twin = self._registry.catalog.case_twin(params.model_id)
         if twin is not None:
             raise ModelManagerError("ERR_CONFLICT", f"The model {twin} differs in case only.", modelId=twin)
-        check_plan(params.files, in_parts=self._store.direct_uploads is not None)
+        check_plan(params.files, in_parts=self._parts is not None)
         upload_id = new_ulid()
-        planned: list[PlannedFile] = []
-        present: list[str] = []
+        held: list[str] = []
         try:
-            known: list[str | None] = []
-            for file in params.files:
-                known.append(await self._registry.pin_stored(hex_of(file.sha256)))
-                present += [key for key in known[-1:] if key is not None]
-            for file, key in zip(params.files, known, strict=True):
-                planned.append(await self._plan(file, key, params))
+            planned = [await self._plan(file, held) for file in params.files]
+            if self._parts is not None:
+                begun = [file for file in planned if "key" in file and "present" not in file]
+                await self._parts.begin(begun, self._info(params.model_id, params.version))
             record: UploadBeginRecord = {
                 "upload": upload_id,
                 "model": params.model_id,
@@ -87,27 +82,35 @@ class UploadSessions:
             }
             if context.idempotency is not None:
                 record["idem"] = context.idempotency
-            keys = [file["key"] for file in planned if "key" in file]
-            await self._registry.transact(upload_id, lambda: Change("upload.begin", record), pins=keys)
-        except ModelManagerError:
-            await self._abort_parts(planned)
-            raise
+            await self._begin(record, held)
         finally:
-            self._registry.unpin(present)
-        return await self._describe(self._upload(upload_id))
+            self._registry.unpin(held)
+        # No part can have arrived.
+        return self._reply(self.find(upload_id), {file["path"]: [] for file in planned})
+
+    async def _begin(self, record: UploadBeginRecord, held: list[str]) -> None:
+        try:
+            await self._registry.transact(record["upload"], lambda: Change("upload.begin", record), pins=held)
+        except ModelManagerError:
+            # After a failure of the journal it may be there; a caller that gave up does not stop it either.
+            if self._parts is not None and self._registry.journal.healthy:
+                self._parts.leave(record["files"])
+            raise
 
     async def get(self, params: GetUpload, context: Context) -> GetUploadReply:
-        upload = self._upload(params.upload_id)
-        reply = cast(GetUploadReply, await self._describe(upload))
-        if params.path is not None and params.parts is not None:
-            reply["urls"] = await self._sign(upload, params.path, [(p.number, hex_of(p.sha256)) for p in params.parts])
+        upload = self.find(params.upload_id)
+        if params.path is None or params.parts is None:
+            return cast(GetUploadReply, await self._describe(upload))
+        planned = planned_file(upload, params.path)
+        reply = cast(GetUploadReply, self._reply(upload, await self._arrived(upload, [planned])))
+        reply["urls"] = await self._sign(upload, planned, [(p.number, hex_of(p.sha256)) for p in params.parts])
         return reply
 
     async def abort(self, params: AbortUpload, context: Context) -> AbortReply:
         reply: AbortReply = {"success": True, "uploadId": params.upload_id, "state": "aborted"}
 
         def decide() -> Change | AbortReply:
-            upload = self._upload(params.upload_id)
+            upload = self.find(params.upload_id)
             if upload.state == "aborted":
                 return reply
             if upload.state not in ("open", "completed"):
@@ -118,16 +121,16 @@ class UploadSessions:
             return Change("upload.end", record)
 
         if isinstance(await self._registry.transact(params.upload_id, decide), Entry):
-            await self.discard(self._upload(params.upload_id))
+            await self.discard(self.find(params.upload_id))
         return reply
 
     async def describe(self, upload_id: str) -> UploadReply:
         """The reply of createUpload, as the upload is now."""
-        return await self._describe(self._upload(upload_id))
+        return await self._describe(self.find(upload_id))
 
     def completed(self, upload_id: str, model_id: str, version: str) -> UploadEntry:
         """The upload, if it is completed (or already stored) and for that version; a coded error otherwise."""
-        upload = self._upload(upload_id)
+        upload = self.find(upload_id)
         if (upload.model, upload.version) != (model_id, version):
             raise ModelManagerError(
                 "ERR_CONFLICT",
@@ -147,7 +150,7 @@ class UploadSessions:
         """Take the whole bytes of one file, on disk; verified against the declared size and sha256 on the way."""
         upload = self._open(upload_id)
         planned = planned_file(upload, path)
-        if self._store.direct_uploads is not None and "multipart" in planned:
+        if self._parts is not None and "multipart" in planned:
             raise ModelManagerError("ERR_CONFLICT", "This file goes to the object store in parts; see getUpload.")
         place = (upload_id, path)
         if place in self._receiving:
@@ -183,7 +186,7 @@ class UploadSessions:
                 sha256=planned["sha256"],
                 max_size=self._policy.max_model_size,
             )
-            if self._upload(upload.id).state != "open":
+            if self.find(upload.id).state != "open":
                 raise ModelManagerError("ERR_CONFLICT", "The upload ended meanwhile.")
         except BaseException:
             self._registry.unpin([key])
@@ -192,7 +195,7 @@ class UploadSessions:
 
     async def complete(self, upload_id: str, progress: Progress) -> Callable[[], Awaitable[UploadReply]]:
         """The body of the job: every file verified, the end yet to be recorded. A failure leaves the upload open."""
-        upload = self._upload(upload_id)
+        upload = self.find(upload_id)
         if upload.state in ("completed", "stored"):
             return partial(self._describe, upload)
         self._open(upload_id)
@@ -231,10 +234,9 @@ class UploadSessions:
             return received.key
         if planned.get("present"):
             return planned["key"]
-        direct = self._store.direct_uploads
-        if "multipart" not in planned or direct is None:
+        if "multipart" not in planned or self._parts is None:
             raise incomplete(planned["path"])
-        await self._finish_parts(direct, planned)
+        await self._parts.finish(planned)
         try:
             stored = await self._store.hash(planned["key"], progress)
         except BlobMissing:
@@ -250,19 +252,6 @@ class UploadSessions:
             )
         return planned["key"]
 
-    async def _finish_parts(self, direct: DirectUploads, planned: PlannedFile) -> None:
-        parts = await direct.parts(planned["key"], planned["multipart"])
-        count = part_count(planned["size"], planned["partSize"])
-        missing = [number for number in range(1, count + 1) if number not in parts]
-        if parts and missing:
-            raise incomplete(planned["path"], missing)
-        try:
-            await direct.complete(planned["key"], planned["multipart"], parts)
-        except ModelManagerError as error:
-            if not parts and error.code == "ERR_CONFLICT":
-                raise incomplete(planned["path"], missing) from None
-            raise
-
     # --- the end ---
 
     async def expire(self, upload_id: str, state: str = "expired") -> None:
@@ -275,12 +264,13 @@ class UploadSessions:
             return Change("upload.end", {"upload": upload_id, "state": state})
 
         if isinstance(await self._registry.transact(upload_id, decide), Entry):
-            await self.discard(self._upload(upload_id))
+            await self.discard(self.find(upload_id))
 
     async def discard(self, upload: UploadEntry) -> None:
         """Give up the parts of an upload that ended without its bytes being needed; its blobs go with the clean-up."""
         self._forget(upload)
-        await self._abort_parts(upload.files)
+        if self._parts is not None:
+            await self._parts.abort(upload.files)
 
     def overdue(self) -> list[str]:
         """The uploads that are not over and past their time."""
@@ -294,48 +284,48 @@ class UploadSessions:
             if received is not None:
                 self._registry.unpin([received.key])
 
-    async def _abort_parts(self, files: Any) -> None:
-        direct = self._store.direct_uploads
-        for file in files:
-            if direct is not None and "multipart" in file:
-                try:
-                    await direct.abort(file["key"], file["multipart"])
-                except ModelManagerError as error:
-                    _log.warning("upload_parts_not_aborted", key=file["key"], code=error.code)
+    async def stop(self) -> None:
+        """Leave what is still to be tidied up to the clean-up of the next boot."""
+        if self._parts is not None:
+            await self._parts.stop()
 
     # --- views ---
 
-    def _upload(self, upload_id: str) -> UploadEntry:
+    def find(self, upload_id: str) -> UploadEntry:
+        """ERR_NOT_FOUND if there is none."""
         upload = self._registry.catalog.uploads.get(upload_id)
         if upload is None:
             raise ModelManagerError("ERR_NOT_FOUND", "There is no such upload.", uploadId=upload_id)
         return upload
 
     def _open(self, upload_id: str) -> UploadEntry:
-        upload = self._upload(upload_id)
+        upload = self.find(upload_id)
         if upload.state != "open":
             raise ModelManagerError("ERR_CONFLICT", f"The upload is {upload.state}.", state=upload.state)
         return upload
 
-    async def _plan(self, file: UploadFile, known: str | None, params: CreateUpload) -> PlannedFile:
+    async def _plan(self, file: UploadFile, held: list[str]) -> PlannedFile:
+        """What is known of the file before its upload begins. Its key, if it has one already, is pinned and `held`."""
         planned: PlannedFile = {"path": file.path, "size": file.size, "sha256": hex_of(file.sha256)}
-        direct = self._store.direct_uploads
+        known = await self._registry.pin_stored(planned["sha256"])
         if known is not None:
             planned["key"] = known
             planned["present"] = True
-        elif direct is not None and file.size > 0:
+        elif self._parts is not None and file.size > 0:
             planned["key"] = self._store.new_key()
-            plan = await direct.begin(
-                planned["key"],
-                info=self._info(params.model_id, params.version),
-                size=file.size,
-                sha256=planned["sha256"],
-            )
-            planned["multipart"] = plan.upload_id
-            planned["partSize"] = plan.part_size
+            self._registry.pin([planned["key"]])
+        if "key" in planned:
+            held.append(planned["key"])
         return planned
 
+    async def _arrived(self, upload: UploadEntry, files: Iterable[PlannedFile]) -> dict[str, list[int]]:
+        """The parts that have arrived of these files, if they may still be sent."""
+        return {} if self._parts is None or upload.state != "open" else await self._parts.arrived(files)
+
     async def _describe(self, upload: UploadEntry) -> UploadReply:
+        return self._reply(upload, await self._arrived(upload, upload.files))
+
+    def _reply(self, upload: UploadEntry, arrived: Mapping[str, list[int]]) -> UploadReply:
         return {
             "success": True,
             "uploadId": upload.id,
@@ -343,10 +333,10 @@ class UploadSessions:
             "version": upload.version,
             "state": upload.state,
             "expiresAt": timestamp(upload.expires),
-            "files": [await self._file_state(upload, file) for file in upload.files],
+            "files": [self._file_state(upload, file, arrived.get(file["path"])) for file in upload.files],
         }
 
-    async def _file_state(self, upload: UploadEntry, file: PlannedFile) -> UploadFileState:
+    def _file_state(self, upload: UploadEntry, file: PlannedFile, arrived: list[int] | None) -> UploadFileState:
         over = upload.state != "open"
         present = bool(file.get("present")) or (upload.id, file["path"]) in self._received
         state: UploadFileState = {
@@ -357,38 +347,23 @@ class UploadSessions:
         }
         if over or state["present"]:
             return state
-        direct = self._store.direct_uploads
-        if direct is not None and "multipart" in file:
+        if self._parts is not None and "multipart" in file:
             state["partSize"] = file["partSize"]
             state["parts"] = part_count(file["size"], file["partSize"])
-            state["received"] = sorted(await direct.parts(file["key"], file["multipart"]))
+            if arrived is not None:
+                state["received"] = arrived
         else:
             seconds = max(1, int(upload.expires / 1000 - time.time()))
             state["url"] = self._file_url(f"/api/uploads/{upload.id}/files/{quote(file['path'])}", seconds)
         return state
 
-    async def _sign(self, upload: UploadEntry, path: str, parts: list[tuple[int, str]]) -> list[SignedPartUrl]:
+    async def _sign(
+        self, upload: UploadEntry, planned: PlannedFile, parts: list[tuple[int, str]]
+    ) -> list[SignedPartUrl]:
         self._open(upload.id)
-        planned = planned_file(upload, path)
-        direct = self._store.direct_uploads
-        if direct is None or "multipart" not in planned:
-            raise ModelManagerError("ERR_CONFLICT", f"{path} has no parts to sign.", path=path)
-        count = part_count(planned["size"], planned["partSize"])
-        urls: list[SignedPartUrl] = []
-        for number, sha256 in parts:
-            if number > count:
-                raise ModelManagerError("ERR_INVALID_REQUEST", f"{path} has {count} parts.", path=path, parts=count)
-            last = planned["size"] - (count - 1) * planned["partSize"]
-            signed = await direct.sign(
-                planned["key"],
-                planned["multipart"],
-                number,
-                sha256=sha256,
-                length=last if number == count else planned["partSize"],
-                expires_s=self._policy.url_s,
-            )
-            urls.append({"number": number, "url": signed.url, "headers": dict(signed.headers)})
-        return urls
+        if self._parts is None or "multipart" not in planned:
+            raise ModelManagerError("ERR_CONFLICT", f"{planned['path']} has no parts to sign.", path=planned["path"])
+        return await self._parts.sign(planned, parts, expires_s=self._policy.url_s)
 
     def _info(self, model_id: str, version: str) -> BlobInfo:
         return BlobInfo(format="", model=model_id, version=version, rack=self._policy.rack)
