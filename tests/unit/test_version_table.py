@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from worker.catalog.catalog import Catalog
+from tests.folded import Folded, store
 from worker.catalog.records import IndexedRecord
 from worker.catalog.table import DELETED, NO_ROW, VersionTable
-from worker.journal import Entry
 
 VERSIONS = 3000
 
@@ -26,42 +25,23 @@ class Counted(array):  # type: ignore[type-arg]
         return super().__getitem__(index)
 
 
-def store(model: str, version: str) -> dict[str, Any]:
-    return {
-        "model": model,
-        "version": version,
-        "type": "onnx",
-        "files": [{"path": "m", "size": 1, "sha256": "0" * 64, "mediaType": "x", "key": f"blobs/{0:026d}"}],
-        "metadata": {"type": "onnx", "version": version},
-        "checksum": "0" * 64,
-        "size": 1,
-        "created": 1,
-        "origin": "rack-1",
-        "replicas": [],
-    }
-
-
-class Folded:
+class Stepped(Folded):
     """A catalog, and the steps that its walks along a model take."""
 
     def __init__(self) -> None:
-        self._records: dict[int, dict[str, Any]] = {}
-        self.catalog = Catalog(lambda sequence, wait: (self._records[sequence], 100))
-        self.catalog.settle()
+        super().__init__()
         self._steps = self.catalog.table.older = Counted("I")
 
-    def fold(self, op: str, *records: dict[str, Any]) -> int:
-        """How many steps it took."""
-        entries = [Entry(len(self._records) + n, 0, op, record) for n, record in enumerate(records, 1)]
-        self._records |= {entry.sequence: entry.record for entry in entries}
+    def steps(self, op: str, *records: dict[str, Any]) -> int:
+        """How many it takes to fold the records."""
         before = self._steps.looks
-        self.catalog.apply(entries)
+        self.fold(op, *records)
         return self._steps.looks - before
 
 
 @pytest.fixture
-def large() -> Folded:
-    folded = Folded()
+def large() -> Stepped:
+    folded = Stepped()
     folded.fold("store", *(store("acme/large", str(number)) for number in range(VERSIONS)))
     return folded
 
@@ -70,23 +50,23 @@ def all_of(model: str, **more: Any) -> dict[str, Any]:
     return {"model": model, "versions": [str(number) for number in range(VERSIONS)], "deleted": 1, **more}
 
 
-def test_a_purge_of_all_versions_takes_steps_in_proportion_to_their_number(large: Folded) -> None:
-    assert large.fold("delete", all_of("acme/large")) < 40 * VERSIONS
+def test_a_purge_of_all_versions_takes_steps_in_proportion_to_their_number(large: Stepped) -> None:
+    assert large.steps("delete", all_of("acme/large")) < 40 * VERSIONS
     assert large.catalog.model("acme/large") is None
     assert (large.catalog.totals.models, large.catalog.totals.versions) == (0, 0)
 
 
-def test_a_delete_of_all_versions_and_its_undo_do_too(large: Folded) -> None:
-    assert large.fold("delete", all_of("acme/large", until=9)) < 40 * VERSIONS
+def test_a_delete_of_all_versions_and_its_undo_do_too(large: Stepped) -> None:
+    assert large.steps("delete", all_of("acme/large", until=9)) < 40 * VERSIONS
     assert large.catalog.totals.models == 0
-    assert large.fold("restore", all_of("acme/large")) < 40 * VERSIONS
+    assert large.steps("restore", all_of("acme/large")) < 40 * VERSIONS
     assert (large.catalog.totals.models, large.catalog.totals.versions) == (1, VERSIONS)
 
 
-def test_the_end_of_each_undo_window_does_not_walk_the_other_versions(large: Folded) -> None:
+def test_the_end_of_each_undo_window_does_not_walk_the_other_versions(large: Stepped) -> None:
     large.fold("delete", all_of("acme/large", until=9))
     purges = [{"model": "acme/large", "versions": [str(number)]} for number in range(VERSIONS)]
-    assert large.fold("purge", *purges) < 40 * VERSIONS
+    assert large.steps("purge", *purges) < 40 * VERSIONS
 
 
 def test_a_purge_drops_the_aliases_of_its_versions_and_no_others() -> None:

@@ -25,7 +25,7 @@ from worker.catalog.catalog import Catalog
 from worker.catalog.entries import VersionEntry
 from worker.catalog.order import Key, Order
 from worker.catalog.sorting import MODEL_ID, make_order, sort_key
-from worker.catalog.table import DELETED, FORGOTTEN
+from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW
 
 TIME_LIMIT_S = 0.25
 _FEW = 500  # candidates that are sorted at once rather than looked for along the order
@@ -191,11 +191,13 @@ async def _candidates(catalog: Catalog, query: Query, after: Key | None) -> Asyn
         yield [row for key, row in keys if after is None or (key < after if backwards else key > after)]
         return
     order = await _settled(catalog, MODEL_ID if backwards else query.sort)
+    if after is not None and not backwards:
+        after = (*after, NO_ROW)  # behind all rows with the cursor's key
     while True:
         rows = order.beyond(after, backwards=backwards)
         if not len(rows):
             return
-        after = sort_key(catalog.table, int(rows[-1]), query.sort)
+        after = order.place(int(rows[-1]))
         found = rows[rows < len(mask)]  # what came since the mask was made is for the next query
         yield found[mask[found]].tolist()
 

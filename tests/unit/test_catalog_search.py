@@ -1,0 +1,46 @@
+"""Pages of a listing together have each version that is there once, whatever the catalog's orders went through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.folded import Folded, store
+from worker.catalog.catalog import Catalog
+from worker.catalog.order import BLOCK_ROWS
+from worker.catalog.search import page, search_query
+
+T = TypeVar("T")
+SORTS = ["modelId", "-modelId", "size", "-size", "createdAt", "-createdAt"]
+
+
+async def look(look: Callable[[], T]) -> T:
+    return look()
+
+
+async def listed(catalog: Catalog, sort: str, *, limit: int = 1000, **criteria: Any) -> list[str]:
+    """The models of all pages, in order."""
+    query, cursor, models = search_query(criteria, sort), None, []
+    while True:
+        reply = await page(catalog, query, look=look, limit=limit, cursor=cursor)
+        models += [each["modelId"] for each in reply["models"]]
+        if "nextCursor" not in reply:
+            return models
+        cursor = reply["nextCursor"]
+
+
+@pytest.mark.parametrize("limit", [1000, BLOCK_ROWS])
+@pytest.mark.parametrize("sort", SORTS)
+async def test_a_version_stored_again_is_listed_though_a_block_ends_between_its_rows(sort: str, limit: int) -> None:
+    names = [*(f"a{n:06d}" for n in range(BLOCK_ROWS - 1)), "b", *(f"c{n:06d}" for n in range(600))]
+    folded = Folded()
+    folded.fold("store", *map(store, names))
+    folded.fold("purge", {"model": "b", "versions": ["1"]})
+    folded.fold("store", store("b"))
+    expected = names[::-1] if sort == "-modelId" else names
+    assert await listed(folded.catalog, sort, limit=limit) == expected
+    folded.fold("purge", {"model": "b", "versions": ["1"]})
+    folded.fold("store", store("b"))
+    assert await listed(folded.catalog, sort, limit=limit) == expected
