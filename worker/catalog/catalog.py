@@ -68,7 +68,8 @@ class Catalog:
         self.orders: dict[str, Order] = {}
         self.tombstones = array("Q")  # sequences of what took something away or back
         self.tombstone_times = array("Q")  # their times, unix ms
-        self.time_ms = 0  # of the newest record
+        self.time_ms = 0  # the latest of all records' times
+        self.last_ms = 0  # that of the last record: earlier, if the clock was put back
         self._records = records
         self._entries = EntryCache(_CACHED_BYTES)
         self._replaying = True
@@ -184,6 +185,7 @@ class Catalog:
                 self._store(stores)
                 stores = []
                 self._apply[entry.op](entry.record, entry.sequence, entry.time_ms)
+            self.last_ms = entry.time_ms
             if entry.time_ms > self.time_ms:
                 self.time_ms = entry.time_ms
             idem = entry.record.get("idem")
@@ -198,7 +200,8 @@ class Catalog:
     def take(self, lines: Sequence[tuple[bytes, IndexedLine]]) -> None:
         """Fold a block of a replay."""
         if lines:
-            self.time_ms = max(self.time_ms, lines[-1][1].time_ms)
+            self.last_ms = lines[-1][1].time_ms
+            self.time_ms = max(self.time_ms, max([line.time_ms for _, line in lines]))
         stores: list[IndexedLine] = []
         for data, line in lines:
             if line.op == "store":
