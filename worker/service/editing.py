@@ -8,6 +8,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from schemas.errors import ModelManagerError
+from schemas.ids import MAX_ALIASES
 from schemas.model import Metadata
 from schemas.rpc import (
     AliasReply,
@@ -132,6 +133,13 @@ class Editing:
             if params.alias in model.versions:
                 raise ModelManagerError("ERR_CONFLICT", f"{params.alias} is a version of {model.id}.")
             previous = self._check_alias(model, params)
+            if previous is None and len(model.aliases) >= MAX_ALIASES:
+                # They all go into a record, with an update, and into a reply.
+                raise ModelManagerError(
+                    "ERR_INVALID_REQUEST",
+                    f"{model.id} has {MAX_ALIASES} aliases, the most there may be.",
+                    limit=MAX_ALIASES,
+                )
             if previous == params.version:
                 return _alias_reply(model.id, params.alias, params.version, previous)
             return Change("alias", _alias_record(model.id, params.alias, params.version, previous, context))
