@@ -44,3 +44,19 @@ async def test_a_version_stored_again_is_listed_though_a_block_ends_between_its_
     folded.fold("purge", {"model": "b", "versions": ["1"]})
     folded.fold("store", store("b"))
     assert await listed(folded.catalog, sort, limit=limit) == expected
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "found"),
+    [
+        ([1], [True], False),
+        ({"a": [{"b": 0}]}, {"a": [{"b": False}]}, False),
+        ({"a": 1}, {"a": 1, "b": None}, False),
+        ([1, [2, {"c": 3}]], [1.0, [2, {"c": 3.0}]], True),  # one number, though callers write it in two ways
+        ({"a": 1, "b": [None, True]}, {"b": [None, True], "a": 1}, True),
+    ],
+)
+async def test_a_member_is_equal_at_any_depth_if_its_json_values_are(stored: Any, asked: Any, found: bool) -> None:
+    folded = Folded()
+    folded.fold("store", store("m", note=stored))
+    assert await listed(folded.catalog, "modelId", note=asked) == ["m"] * found

@@ -109,7 +109,11 @@ def _members_equal(members: dict[str, Any]) -> Predicate:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equality of JSON values: true is not 1."""
+    """Equality of JSON values: true is not 1, but 1.0 is."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
