@@ -103,16 +103,18 @@ class Editing:
         def decide() -> Change:
             model = self._model(params.model_id)
             deleted = [v for v in model.versions.values() if v.deleted_at is not None]
-            chosen = [v for v in deleted if params.version in (None, v.version)]
+            wanted = [v for v in deleted if params.version in (None, v.version)]
+            if not wanted:
+                what = params.model_id if params.version is None else f"{params.model_id}:{params.version}"
+                raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"There is no deleted {what} to restore.")
+            now = _now()
+            chosen = [v for v in wanted if v.restorable_until is None or v.restorable_until >= now]
             if not chosen:
-                wanted = params.model_id if params.version is None else f"{params.model_id}:{params.version}"
-                raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"There is no deleted {wanted} to restore.")
-            expired = [v for v in chosen if v.restorable_until is not None and v.restorable_until < _now()]
-            if expired:
+                last = max(wanted, key=lambda v: v.restorable_until or 0)
                 raise ModelManagerError(
                     "ERR_MODEL_NOT_FOUND",
-                    f"The time to restore {expired[0].model}:{expired[0].version} is over.",
-                    restorableUntil=timestamp(expired[0].restorable_until or 0),
+                    f"The time to restore {last.model}:{last.version} is over.",
+                    restorableUntil=timestamp(last.restorable_until or 0),
                 )
             record = {
                 "model": model.id,
