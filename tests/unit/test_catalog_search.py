@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import pytest
 
 from tests.folded import Folded, store
+from worker.catalog import search
 from worker.catalog.catalog import Catalog
 from worker.catalog.order import BLOCK_ROWS
 from worker.catalog.search import page, search_query
@@ -60,3 +61,33 @@ async def test_a_member_is_equal_at_any_depth_if_its_json_values_are(stored: Any
     folded = Folded()
     folded.fold("store", store("m", note=stored))
     assert await listed(folded.catalog, "modelId", note=asked) == ["m"] * found
+
+
+@pytest.mark.parametrize("sort", SORTS)
+async def test_rows_that_are_still_to_be_sorted_in_end_a_page_early_and_none_is_missed(
+    sort: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folded = Folded()
+    folded.fold("store", *(store(f"m{n * 7919 % 3001:04d}", size=n % 10) for n in range(3001)))
+    await listed(folded.catalog, sort)
+    folded.fold("store", *(store(f"n{n:04d}", size=n % 10) for n in range(600)))
+    whole = await listed(folded.catalog, sort)
+    folded.fold("store", *(store(f"a{n:04d}", size=n % 10) for n in range(600)))
+    monkeypatch.setattr(search, "TIME_LIMIT_S", 0.0)
+    first = await page(folded.catalog, search_query({}, sort), look=look, limit=100, cursor=None)
+    assert first["models"] == []
+    pages = await listed(folded.catalog, sort)
+    assert [model for model in pages if model[0] != "a"] == whole
+    assert len(set(pages)) == len(pages) == 4201
+
+
+@pytest.mark.parametrize("sort", SORTS)
+async def test_an_order_that_most_rows_came_after_is_made_anew(sort: str) -> None:
+    folded = Folded()
+    folded.fold("store", *(store(f"m{n:04d}", size=n % 10) for n in range(600)))
+    await listed(folded.catalog, sort)
+    (made,) = folded.catalog.orders.values()
+    folded.fold("store", *(store(f"a{n:04d}", size=n % 10) for n in range(600)))
+    models = await listed(folded.catalog, sort)
+    assert made not in folded.catalog.orders.values()
+    assert len(set(models)) == len(models) == 1200
