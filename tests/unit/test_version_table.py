@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.folded import Folded, store
 from worker.catalog.records import IndexedRecord
+from worker.catalog.sorting import make_order
 from worker.catalog.table import DELETED, NO_ROW, VersionTable
 
 VERSIONS = 3000
@@ -111,3 +113,20 @@ def test_any_order_of_changes_leaves_what_a_dict_would_say(seed: int) -> None:
             table = loaded(table)
         assert [table.version[row] for row in table.rows(model)] == list(reversed(versions))
     assert table.models == sum(bool(versions) for versions in there.values())
+
+
+@pytest.mark.parametrize("sort", ["modelId", "size"])
+def test_an_order_made_while_rows_are_added_has_the_rows_from_before(sort: str) -> None:
+    table = VersionTable()
+    table.extend([IndexedRecord(model=f"m{n}", version="1") for n in range(5)], range(5))
+    orders = []
+
+    class Watched(list[IndexedRecord]):
+        def __iter__(self) -> Iterator[IndexedRecord]:
+            for record in super().__iter__():
+                yield record
+                orders.append(make_order(table, sort).filled)
+
+    table.extend(Watched([IndexedRecord(model=f"n{n}", version="1") for n in range(5)]), range(5, 10))
+    assert set(orders) == {5}
+    assert make_order(table, sort).filled == 10

@@ -50,7 +50,8 @@ class VersionTable:
         self._loaded = 0
 
     def __len__(self) -> int:
-        return len(self.model)
+        """Without rows that are being added, as another thread may see them: this column is the last."""
+        return len(self.updated)
 
     @property
     def models(self) -> int:
