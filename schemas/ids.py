@@ -18,6 +18,7 @@ from pydantic import AfterValidator, StringConstraints
 LATEST = "latest"
 DEFAULT_VERSION = "1.0.0"
 MAX_FILES = 2000
+MAX_ALIASES = 1000  # of a model
 MAX_PATH_BYTES = 512
 MAX_INTEGER = 2**53 - 1
 MAX_METADATA_BYTES = 64 * 1024

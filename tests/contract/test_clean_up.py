@@ -11,6 +11,7 @@ import pytest
 
 from schemas.errors import ModelManagerError
 from tests.rack import LocalRack
+from worker.registry import Change
 from worker.storage.blobstore import BlobStat
 
 
@@ -59,6 +60,19 @@ async def test_the_end_of_the_undo_window_frees_the_bytes_and_the_name(tmp_path:
         await rack.call("restoreModel", {"modelId": "net"})
     assert (await rack.store_bytes("net", "1.0.0", b"new"))["created"] is True
     await rack.close()
+
+
+async def test_a_restore_of_all_versions_restores_those_whose_window_is_not_over(rack: LocalRack) -> None:
+    for version in ("1.0.0", "2.0.0", "3.0.0"):
+        await rack.store_bytes("net", version, b"x")
+    over = {"model": "net", "versions": ["1.0.0"], "whole": False, "replicas": [], "deleted": 1, "until": 2}
+    await rack.registry.transact("net", lambda: Change("delete", over))
+    await rack.call("deleteModel", {"modelId": "net"})
+    assert (await rack.call("restoreModel", {"modelId": "net"}))["versions"] == ["2.0.0", "3.0.0"]
+    for version in ({}, {"version": "1.0.0"}):
+        with pytest.raises(ModelManagerError, match="ERR_MODEL_NOT_FOUND") as refused:
+            await rack.call("restoreModel", {"modelId": "net", **version})
+        assert refused.value.details["restorableUntil"] == "1970-01-01T00:00:00.002Z"
 
 
 async def test_bytes_that_no_record_names_are_swept(rack: LocalRack) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from schemas.errors import ModelManagerError
-from schemas.ids import MAX_METADATA_BYTES
+from schemas.ids import MAX_ALIASES, MAX_METADATA_BYTES
 from schemas.uploads import CreateUpload
 from schemas.wire import canonical
 from tests.rack import LocalRack
@@ -86,3 +87,24 @@ async def test_what_an_upload_may_begin_with_can_be_stored_with_any_metadata(rac
     params["metadata"]["note"] = "x" * spare
     stored = await rack.call("storeModel", params, key="request", caller="somebody")
     assert len(stored["files"]) == few > FEW_FILES
+
+
+async def test_as_many_aliases_as_a_model_may_have_leave_room_for_an_update(rack: LocalRack) -> None:
+    await rack.store_bytes("acme/known", "1.0.0", b"bytes")
+    await rack.store_bytes("acme/known", "2.0.0", b"others")
+    names = [f"{number:04d}".ljust(64, "x") for number in range(MAX_ALIASES + 1)]
+
+    async def point(alias: str, version: str = "1.0.0") -> Any:
+        return await rack.call("setAlias", {"modelId": "acme/known", "alias": alias, "version": version})
+
+    for start in range(0, MAX_ALIASES, 10):
+        await asyncio.gather(*map(point, names[start : min(start + 10, MAX_ALIASES)]))
+    with pytest.raises(ModelManagerError) as refused:
+        await point(names[-1])
+    assert refused.value.code == "ERR_INVALID_REQUEST"
+    assert refused.value.details == {"limit": MAX_ALIASES}
+    assert (await point(names[0], "2.0.0"))["previous"] == "1.0.0"
+    note = {"modelId": "acme/known", "version": "1.0.0", "metadata": {"note": "x" * 60_000}}
+    assert len((await rack.call("updateModelMetadata", note))["aliases"]) == MAX_ALIASES - 1
+    await rack.call("deleteAlias", {"modelId": "acme/known", "alias": names[1]})
+    await point(names[-1])

@@ -68,7 +68,8 @@ class Catalog:
         self.orders: dict[str, Order] = {}
         self.tombstones = array("Q")  # sequences of what took something away or back
         self.tombstone_times = array("Q")  # their times, unix ms
-        self.time_ms = 0  # of the newest record
+        self.time_ms = 0  # the latest of all records' times
+        self.last_ms = 0  # that of the last record: earlier, if the clock was put back
         self._records = records
         self._entries = EntryCache(_CACHED_BYTES)
         self._replaying = True
@@ -184,6 +185,7 @@ class Catalog:
                 self._store(stores)
                 stores = []
                 self._apply[entry.op](entry.record, entry.sequence, entry.time_ms)
+            self.last_ms = entry.time_ms
             if entry.time_ms > self.time_ms:
                 self.time_ms = entry.time_ms
             idem = entry.record.get("idem")
@@ -198,7 +200,8 @@ class Catalog:
     def take(self, lines: Sequence[tuple[bytes, IndexedLine]]) -> None:
         """Fold a block of a replay."""
         if lines:
-            self.time_ms = max(self.time_ms, lines[-1][1].time_ms)
+            self.last_ms = lines[-1][1].time_ms
+            self.time_ms = max(self.time_ms, max([line.time_ms for _, line in lines]))
         stores: list[IndexedLine] = []
         for data, line in lines:
             if line.op == "store":
@@ -235,8 +238,7 @@ class Catalog:
     def settle(self) -> None:
         """The replay is over."""
         # A version is stored where there is none: of these the records that ended them were lost with a damage.
-        for row in self.table.stored_again():
-            self._end(row)
+        self._end(self.table.stored_again())
         self.blobs.settle((np.frombuffer(bytes(self.table.state), np.uint8) & FORGOTTEN) == 0)
         self._replaying = False
 
@@ -263,18 +265,26 @@ class Catalog:
         row = self.table.find(record["model"], record["version"])
         if row == NO_ROW:
             return
-        self.table.updated[row] = sequence
-        self._set(row, QUARANTINED, record["state"] == "quarantined")
+        table = self.table
+        table.updated[row] = sequence
+        if record["state"] == "quarantined":
+            table.state[row] |= QUARANTINED
+        else:
+            table.state[row] &= ~QUARANTINED
+        self._entries.drop(row)
         self._tag(row, record["metadata"])
 
     def _delete(self, record: Any, sequence: int, time_ms: int) -> None:
         self._note_tombstone(sequence, time_ms)
-        for row in self._rows_of(record):
+        rows = self._rows_of(record)
+        if "until" not in record:
+            self._end(rows)
+            return
+        for row in rows:
             if row not in self.deleted:
                 self._hide(row)
-            self.deleted[row] = Deletion(record["deleted"], record.get("until"), sequence)
-            if "until" not in record:
-                self._forget(row)
+            self.deleted[row] = Deletion(record["deleted"], record["until"], sequence)
+            self._entries.drop(row)
 
     def _restore(self, record: Any, sequence: int, time_ms: int) -> None:
         self._note_tombstone(sequence, time_ms)
@@ -282,11 +292,11 @@ class Catalog:
             if self.deleted.pop(row, None) is not None:
                 self.restored[row] = sequence
                 self._show(row)
+                self._entries.drop(row)
 
     def _purge(self, record: Any, sequence: int, time_ms: int) -> None:
         self._note_tombstone(sequence, time_ms)
-        for row in self._rows_of(record):
-            self._end(row)
+        self._end(self._rows_of(record))
 
     def _note_tombstone(self, sequence: int, time_ms: int) -> None:
         self.tombstones.append(sequence)
@@ -296,27 +306,29 @@ class Catalog:
         found = [self.table.find(record["model"], version) for version in record["versions"]]
         return [row for row in found if row != NO_ROW]
 
-    def _end(self, row: int) -> None:
-        if row not in self.deleted:
-            self._hide(row)
-        self._forget(row)
+    def _end(self, rows: Sequence[int]) -> None:
+        """The versions are gone for good, and so is what names them."""
+        for row in rows:
+            if row not in self.deleted:
+                self._hide(row)
+            self._forget(row)
+        table = self.table
+        gone = {(table.model[row], table.version[row]) for row in rows}
+        for model in {model for model, _ in gone}:
+            for alias, (version, _) in list(self.aliases.get(model.lower(), {}).items()):
+                # Those of one that was stored later are its own.
+                if (model, version) in gone and table.find(model, version) == NO_ROW:
+                    self._drop_alias(model, alias)
 
     def _forget(self, row: int) -> None:
-        table = self.table
-        model, version = table.model[row], table.version[row]
         # A fold cannot be put off; most often the version was read just before, for the decision.
         files = () if self._replaying else self.entry(row, wait=True).files
         self.deleted.pop(row, None)
         self.restored.pop(row, None)
         self._entries.drop(row)
-        table.forget(row)
+        self.table.forget(row)
         if not self._replaying:
             self.blobs.forget(row, files)
-        if table.find(model, version) != NO_ROW:
-            return  # its aliases are those of the one that was stored later
-        aliases = self.aliases.get(model.lower(), {})
-        for alias in [alias for alias, (target, _) in aliases.items() if target == version]:
-            self._drop_alias(model, alias)
 
     def _alias(self, record: Any, sequence: int, time_ms: int) -> None:
         if record["version"] is None:
@@ -379,23 +391,14 @@ class Catalog:
     # --- what is seen ---
 
     def _show(self, row: int) -> None:
-        table, totals = self.table, self.totals
-        totals.models += not table.has_visible(table.model[row])
-        totals.versions += 1
-        totals.bytes += table.size[row]
-        self._set(row, DELETED, False)
+        self.totals.models += self.table.show(row)
+        self.totals.versions += 1
+        self.totals.bytes += self.table.size[row]
 
     def _hide(self, row: int) -> None:
-        table, totals = self.table, self.totals
-        self._set(row, DELETED, True)
-        totals.models -= not table.has_visible(table.model[row])
-        totals.versions -= 1
-        totals.bytes -= table.size[row]
-
-    def _set(self, row: int, flag: int, value: bool) -> None:
-        state = self.table.state[row]
-        self.table.state[row] = state | flag if value else state & ~flag
-        self._entries.drop(row)
+        self.totals.models -= self.table.hide(row)
+        self.totals.versions -= 1
+        self.totals.bytes -= self.table.size[row]
 
     def _tag(self, row: int, metadata: dict[str, Any]) -> None:
         for tag in metadata.get("tags", ()):

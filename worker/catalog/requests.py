@@ -37,9 +37,9 @@ class RememberedRequests:
         if len(self._requests) > REMEMBERED_REQUESTS or oldest.time_ms < request.time_ms - REMEMBERED_MS:
             self._requests.popitem(last=False)
 
-    def sequences(self, since_ms: int) -> list[int]:
-        """Of the records whose requests are to be remembered from `since_ms` (unix ms) on."""
-        return [request.sequence for request in self._requests.values() if request.time_ms >= since_ms]
+    def records(self) -> list[tuple[int, int]]:
+        """Sequence and time (unix ms) of the record of each."""
+        return [(request.sequence, request.time_ms) for request in self._requests.values()]
 
     def dumped(self) -> list[list[str | int]]:
         return [[key, known.hash, known.sequence, known.time_ms] for key, known in self._requests.items()]

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -24,8 +24,8 @@ from schemas.wire import canonical
 from worker.catalog.catalog import Catalog
 from worker.catalog.entries import VersionEntry
 from worker.catalog.order import Key, Order
-from worker.catalog.sorting import MODEL_ID, make_order, sort_key
-from worker.catalog.table import DELETED, FORGOTTEN
+from worker.catalog.sorting import MODEL_ID, make_order, sort_key, start_key
+from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW
 
 TIME_LIMIT_S = 0.25
 _FEW = 500  # candidates that are sorted at once rather than looked for along the order
@@ -109,7 +109,11 @@ def _members_equal(members: dict[str, Any]) -> Predicate:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equality of JSON values: true is not 1."""
+    """Equality of JSON values: true is not 1, but 1.0 is."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
@@ -132,23 +136,23 @@ def _milliseconds(moment: str | None) -> int | None:
 
 
 async def page(catalog: Catalog, query: Query, *, look: Look, limit: int, cursor: str | None) -> ListReply:
-    """One page. It may end early, with `nextCursor`, when it took `TIME_LIMIT_S`."""
-    after = None if cursor is None else _decode(cursor, query)
+    """One page. It may end early, with `nextCursor`, when it took `TIME_LIMIT_S`; only an order that is made, on a
+    thread, is waited for.
+    """
+    last = start_key(query.sort) if cursor is None else _decode(cursor, query)
     deadline = time.monotonic() + TIME_LIMIT_S
     models: list[ListedVersion] = []
-    last = after
-    async for rows in _candidates(catalog, query, after):
-        for start in range(0, len(rows), _READ_AT_ONCE):
-            for row in rows[start : start + _READ_AT_ONCE]:
-                entry = await look(partial(_entry, catalog, row))
-                if entry is not None and _matches(entry, query):
-                    if len(models) == limit:
-                        return _reply(models, query, last)
-                    models.append(entry.listed(catalog.aliases_of(entry)))
-                last = sort_key(catalog.table, row, query.sort)
-            if time.monotonic() > deadline:
-                return _reply(models, query, last)
-            await asyncio.sleep(0)
+    async for rows in _candidates(catalog, query, last):
+        for row in rows:
+            entry = await look(partial(_entry, catalog, row))
+            if entry is not None and _matches(entry, query):
+                if len(models) == limit:
+                    return _reply(models, query, last)
+                models.append(entry.listed(catalog.aliases_of(entry)))
+            last = sort_key(catalog.table, row, query.sort)
+        if time.monotonic() > deadline:
+            return _reply(models, query, last)
+        await asyncio.sleep(0)
     return _reply(models, query, None)
 
 
@@ -163,14 +167,14 @@ def _matches(entry: VersionEntry, query: Query) -> bool:
     return all(holds(entry) for holds in query.predicates)
 
 
-def _reply(models: list[ListedVersion], query: Query, last: tuple[Any, ...] | None) -> ListReply:
+def _reply(models: list[ListedVersion], query: Query, last: Key | None) -> ListReply:
     reply: ListReply = {"success": True, "models": models, "count": len(models)}
     if last is not None:
         reply["nextCursor"] = base64.urlsafe_b64encode(orjson.dumps([query.fingerprint, *last])).decode().rstrip("=")
     return reply
 
 
-def _decode(cursor: str, query: Query) -> tuple[Any, ...]:
+def _decode(cursor: str, query: Query) -> Key:
     try:
         fingerprint, *key = orjson.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except (binascii.Error, ValueError, TypeError):
@@ -181,23 +185,34 @@ def _decode(cursor: str, query: Query) -> tuple[Any, ...]:
     return tuple(key)
 
 
-async def _candidates(catalog: Catalog, query: Query, after: Key | None) -> AsyncIterator[list[int]]:
-    """The rows beyond `after` that the columns cannot rule out, in order, a part at a time."""
+async def _candidates(catalog: Catalog, query: Query, after: Key) -> AsyncIterator[list[int]]:
+    """The rows beyond the key `after` that the columns cannot rule out, in order, a part at a time; an empty part after
+    some work for which there are none yet."""
     mask = _mask(catalog, query)
     few = np.flatnonzero(mask)
     backwards = query.sort == "-modelId"  # the other descending orders have keys of their own
     if len(few) <= _FEW:
         keys = sorted(((sort_key(catalog.table, row, query.sort), row) for row in few.tolist()), reverse=backwards)
-        yield [row for key, row in keys if after is None or (key < after if backwards else key > after)]
+        for part in _parts([row for key, row in keys if (key < after if backwards else key > after)]):
+            yield part
         return
-    order = await _settled(catalog, MODEL_ID if backwards else query.sort)
+    order = await _made(catalog, MODEL_ID if backwards else query.sort)
+    while not order.settle(_SETTLED_AT_ONCE):
+        yield []
+    if not backwards:
+        after = (*after, NO_ROW)  # behind all rows with that key
     while True:
         rows = order.beyond(after, backwards=backwards)
         if not len(rows):
             return
-        after = sort_key(catalog.table, int(rows[-1]), query.sort)
+        after = order.place(int(rows[-1]))
         found = rows[rows < len(mask)]  # what came since the mask was made is for the next query
-        yield found[mask[found]].tolist()
+        for part in _parts(found[mask[found]].tolist()):
+            yield part
+
+
+def _parts(rows: list[int]) -> Iterator[list[int]]:
+    return (rows[start : start + _READ_AT_ONCE] for start in range(0, len(rows), _READ_AT_ONCE))
 
 
 def _mask(catalog: Catalog, query: Query) -> Mask:
@@ -220,17 +235,13 @@ def _mask(catalog: Catalog, query: Query) -> Mask:
     return mask
 
 
-async def _settled(catalog: Catalog, sort: str) -> Order:
-    """The order, made when it is first asked for, with all rows sorted in."""
+async def _made(catalog: Catalog, sort: str) -> Order:
+    """The order, made when it is first asked for: and anew if that takes less than to sort in all that came since."""
     order = catalog.orders.get(sort)
-    if order is None:
-        made = await asyncio.to_thread(make_order, catalog.table, sort)
-        order = catalog.orders.get(sort)  # someone else's may have been ready first
-        if order is None:
-            order = catalog.orders[sort] = made
-            order.add(range(order.filled, len(catalog.table)))
-    settled = False
-    while not settled:
-        settled = order.settle(_SETTLED_AT_ONCE)
-        await asyncio.sleep(0)
-    return order
+    if order is not None and order.waiting <= len(catalog.table) // 4:
+        return order
+    made = await asyncio.to_thread(make_order, catalog.table, sort)
+    if catalog.orders.get(sort) is order:  # else someone else's was ready first
+        catalog.orders[sort] = made
+        made.add(range(made.filled, len(catalog.table)))
+    return catalog.orders[sort]

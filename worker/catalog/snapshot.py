@@ -13,7 +13,7 @@ from worker.catalog.catalog import Catalog, Totals
 from worker.catalog.entries import Deletion, JobEntry, UploadEntry
 from worker.catalog.sorting import MODEL_ID, make_order
 
-VERSION = 2
+VERSION = 3
 
 
 def dump_catalog(catalog: Catalog) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def dump_catalog(catalog: Catalog) -> dict[str, Any]:
     rest = {
         "v": VERSION,
         "timeMs": catalog.time_ms,
+        "lastMs": catalog.last_ms,
         "totals": asdict(catalog.totals),
         "deleted": [[row, d.at, d.until, d.sequence] for row, d in catalog.deleted.items()],
         "restored": list(catalog.restored.items()),
@@ -53,7 +54,7 @@ def load_catalog(catalog: Catalog, parts: dict[str, memoryview]) -> bool:
     rest = orjson.loads(parts["rest"])
     if rest["v"] != VERSION:
         return False
-    catalog.time_ms = rest["timeMs"]
+    catalog.time_ms, catalog.last_ms = rest["timeMs"], rest["lastMs"]
     catalog.totals = Totals(**rest["totals"])
     catalog.table.load(_named(parts, "table."))
     catalog.blobs.load(_named(parts, "blobs."))

@@ -30,6 +30,13 @@ def sort_key(table: VersionTable, row: int, sort: str) -> Key:
             return (table.model[row], table.version[row])
 
 
+def start_key(sort: str) -> Key:
+    """A key before all others, in the order walked."""
+    if sort == "-modelId":  # which is the order by id, walked backwards
+        return (chr(0x10FFFF), "")
+    return ("", "") if sort == MODEL_ID else (-(2**63), "", "")
+
+
 def make_order(table: VersionTable, sort: str, *, rows: Rows | None = None) -> Order:
     """The order of all rows by `sort`; `rows` if they are sorted already. Later rows are the caller's to add.
 

@@ -1,4 +1,4 @@
-"""The versions as columns: a row each, some 60 bytes, and no Python object of its own.
+"""The versions as columns: a row each, some 65 bytes, and no Python object of its own.
 
 Rows are numbered in the order the versions were stored and are never used again. All else about a version is in its
 records, which are read when they are asked for.
@@ -39,15 +39,19 @@ class VersionTable:
         """Sequence of the last `update` record; 0 if there is none."""
         self.older = array("I")
         """The row of the model's version stored before; NO_ROW if it is the first."""
+        self.newer = array("I")
+        """The row of the model's version stored next; NO_ROW if it is the newest."""
         self.type_names: list[str] = []
         self._type_codes: dict[str, int] = {}
         self._newest: dict[str, int] = {}  # by the model's id in lower case: ids are unique ignoring case
         self._version_names: dict[str, str] = {}  # one string object for each name
         self._by_name: dict[str, dict[str, int]] = {}  # of models with more than `_WALKED` versions
+        self._seen: dict[str, int] = {}  # how many versions are visible; of models where that was asked
         self._loaded = 0
 
     def __len__(self) -> int:
-        return len(self.model)
+        """Without rows that are being added, as another thread may see them: this column is the last."""
+        return len(self.updated)
 
     @property
     def models(self) -> int:
@@ -79,18 +83,37 @@ class VersionTable:
         key = model.lower()
         names = self._by_name.get(key)
         if names is None:
-            names = self._by_name[key] = {self.version[row]: row for row in self.rows(model)}
+            names = self._by_name[key] = {self.version[row]: row for row in sorted(self.rows(model))}
         return names.get(version, NO_ROW)
 
-    def has_visible(self, model: str) -> bool:
-        state = self.state
-        return any(not state[row] & _HIDDEN for row in self.rows(model))
+    def hide(self, row: int) -> bool:
+        """Delete the version, which is visible: whether its model has no visible one left."""
+        key = self.model[row].lower()
+        left = self._seen[key] = self._count_seen(key) - 1
+        self.state[row] |= DELETED
+        return not left
+
+    def show(self, row: int) -> bool:
+        """Take the delete back: whether its model had no visible version."""
+        key = self.model[row].lower()
+        before = self._count_seen(key)
+        self._seen[key] = before + 1
+        self.state[row] &= ~DELETED
+        return not before
+
+    def _count_seen(self, key: str) -> int:
+        count = self._seen.get(key)
+        if count is None:
+            state = self.state
+            count = sum(not state[row] & _HIDDEN for row in self.rows(key))
+        return count
 
     def extend(self, records: Sequence[IndexedRecord], sequences: Sequence[int]) -> int:
         """A row for each record, the newest of its model, stored at its sequence: how many models are seen now that had
         no visible version."""
         newest, model, version, state, older = self._newest, self.model, self.version, self.state, self.older
-        intern, by_name = self._version_names.setdefault, self._by_name
+        intern, by_name, counted, newer = self._version_names.setdefault, self._by_name, self._seen, self.newer
+        newer.extend([NO_ROW] * len(records))
         seen = 0
         for row, record in enumerate(records, len(model)):
             name = record.model
@@ -102,8 +125,11 @@ class VersionTable:
                     key = name  # one string object, not two that are equal
             else:
                 name = model[before]
-                if state[before] & DELETED:
-                    seen += not self.has_visible(name)
+                newer[before] = row
+                if key in counted or state[before] & DELETED:
+                    count = self._count_seen(key)
+                    counted[key] = count + 1
+                    seen += not count
             newest[key] = row
             model.append(name)
             label = record.version or ""
@@ -127,18 +153,21 @@ class VersionTable:
         return code
 
     def forget(self, row: int) -> None:
-        """The version is gone for good. Its columns stay, for orders that still have the row."""
+        """The version, a deleted one, is gone for good. Its columns stay, for orders that still have the row."""
         key = self.model[row].lower()
-        newest, older = self._newest[key], self.older
-        if newest != row:
-            while older[newest] != row:
-                newest = older[newest]
-            older[newest] = older[row]
-        elif older[row] != NO_ROW:
-            self._newest[key] = older[row]
+        older, newer = self.older[row], self.newer[row]
+        if older != NO_ROW:
+            self.newer[older] = newer
+        if newer != NO_ROW:
+            self.older[newer] = older
+        elif older != NO_ROW:
+            self._newest[key] = older
         else:
-            del self._newest[key]
-        self._by_name.pop(key, None)
+            for by_model in (self._newest, self._by_name, self._seen):
+                by_model.pop(key, None)
+        names = self._by_name.get(key)
+        if names is not None and names.get(self.version[row]) == row:
+            del names[self.version[row]]
         self.state[row] |= FORGOTTEN
 
     def stored_again(self) -> list[int]:
@@ -224,6 +253,10 @@ class VersionTable:
         for column in ("type", "size", "created", "stored", "updated", "older"):
             getattr(self, column).frombytes(parts[column])
         kept = np.flatnonzero((np.frombuffer(bytes(self.state), np.uint8) & FORGOTTEN) == 0)
+        newer = np.full(len(self) + 1, NO_ROW, np.uint32)  # one more, for those that have none before them
+        before = np.frombuffer(self.older, np.uint32)[kept]
+        newer[np.minimum(before, len(self))] = kept
+        self.newer = array("I", newer[:-1].tobytes())
         newest = np.zeros(len(models), np.int64)  # one more than the row, so that 0 is none
         np.maximum.at(newest, np.frombuffer(places, np.uint32)[kept], kept + 1)
         self._newest = {

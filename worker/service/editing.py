@@ -8,6 +8,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from schemas.errors import ModelManagerError
+from schemas.ids import MAX_ALIASES
 from schemas.model import Metadata
 from schemas.rpc import (
     AliasReply,
@@ -102,16 +103,18 @@ class Editing:
         def decide() -> Change:
             model = self._model(params.model_id)
             deleted = [v for v in model.versions.values() if v.deleted_at is not None]
-            chosen = [v for v in deleted if params.version in (None, v.version)]
+            wanted = [v for v in deleted if params.version in (None, v.version)]
+            if not wanted:
+                what = params.model_id if params.version is None else f"{params.model_id}:{params.version}"
+                raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"There is no deleted {what} to restore.")
+            now = _now()
+            chosen = [v for v in wanted if v.restorable_until is None or v.restorable_until >= now]
             if not chosen:
-                wanted = params.model_id if params.version is None else f"{params.model_id}:{params.version}"
-                raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"There is no deleted {wanted} to restore.")
-            expired = [v for v in chosen if v.restorable_until is not None and v.restorable_until < _now()]
-            if expired:
+                last = max(wanted, key=lambda v: v.restorable_until or 0)
                 raise ModelManagerError(
                     "ERR_MODEL_NOT_FOUND",
-                    f"The time to restore {expired[0].model}:{expired[0].version} is over.",
-                    restorableUntil=timestamp(expired[0].restorable_until or 0),
+                    f"The time to restore {last.model}:{last.version} is over.",
+                    restorableUntil=timestamp(last.restorable_until or 0),
                 )
             record = {
                 "model": model.id,
@@ -132,6 +135,13 @@ class Editing:
             if params.alias in model.versions:
                 raise ModelManagerError("ERR_CONFLICT", f"{params.alias} is a version of {model.id}.")
             previous = self._check_alias(model, params)
+            if previous is None and len(model.aliases) >= MAX_ALIASES:
+                # They all go into a record, with an update, and into a reply.
+                raise ModelManagerError(
+                    "ERR_INVALID_REQUEST",
+                    f"{model.id} has {MAX_ALIASES} aliases, the most there may be.",
+                    limit=MAX_ALIASES,
+                )
             if previous == params.version:
                 return _alias_reply(model.id, params.alias, params.version, previous)
             return Change("alias", _alias_record(model.id, params.alias, params.version, previous, context))
