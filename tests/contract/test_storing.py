@@ -160,12 +160,11 @@ async def test_a_wrong_checksum_is_told_with_both(rack: LocalRack) -> None:
     assert error.details["actual"] == f"sha256:{sha256(b'bytes')}"
 
 
-async def test_the_placement_is_recorded_and_remembered_by_the_cache(rack: LocalRack) -> None:
+async def test_the_placement_is_recorded(rack: LocalRack) -> None:
     await rack.store_bytes("net", "1.0.0", b"bytes")
     replicas = (await rack.call("getModelMetadata", {"modelId": "net"}))["replicas"]
     assert len(replicas) == 1
     assert set(replicas) <= {"rack-2", "rack-3"}
-    assert rack.cache.peers_of("net", "1.0.0") == tuple(replicas)
 
 
 async def test_recently_stored_bytes_are_answered_from_memory(rack: LocalRack) -> None:
@@ -173,6 +172,16 @@ async def test_recently_stored_bytes_are_answered_from_memory(rack: LocalRack) -
     (rack.folder / "models" / reply["storageKey"]).unlink()
     got = await rack.call("getModel", {"modelId": "net", "delivery": "inline"})
     assert base64.b64decode(got["modelData"]) == b"bytes"
+
+
+async def test_files_that_were_read_for_one_answer_are_kept_together_for_the_next(rack: LocalRack) -> None:
+    files = [{"path": path, "data": b64(path.encode())} for path in "abcd"]
+    reply = await rack.call("storeModel", {"modelId": "net", "metadata": {"type": "custom"}, "files": files})
+    rack.cache.forget("net", None)
+    first = await rack.call("getModel", {"modelId": "net"})
+    for file in reply["files"]:
+        (rack.folder / "models" / file["storageKey"]).unlink()
+    assert await rack.call("getModel", {"modelId": "net"}) == first
 
 
 async def test_bytes_that_went_bad_are_never_answered(rack: LocalRack) -> None:
