@@ -106,7 +106,8 @@ class Reading:
     async def _available(self, model_id: str, reference: str) -> VersionEntry:
         """The version, if its bytes may be given out."""
         entry = await self._registry.look(lambda: self._registry.catalog.resolve(model_id, reference))
-        if entry.quarantined:
+        trusts = self._registry.catalog.blobs.trusts
+        if entry.quarantined or not all(trusts(file["key"]) for file in entry.files):
             raise ModelManagerError(
                 "ERR_CHECKSUM_MISMATCH",
                 f"{model_id}:{entry.version} is quarantined: its stored bytes are known to be wrong.",

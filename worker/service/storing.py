@@ -26,7 +26,7 @@ from worker.journal import Entry
 from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.replication.placement import place
-from worker.service.editing import with_request
+from worker.service.editing import update_record, with_request
 from worker.service.examining import Examining
 from worker.storage.blobstore import BlobInfo, BlobStore
 from worker.uploads.plan import FEW_FILES, check_fits
@@ -57,7 +57,8 @@ class _Wanted:
 class Storing:
     """storeModel in its three forms, and the streaming upload of one file.
 
-    A store of what is there already ends as `created: false`, in whichever form it comes.
+    A store of what is there already ends as `created: false`, in whichever form it comes. If the rack's own bytes of it
+    are known to be wrong, those that came take their place, and the version is available again.
     """
 
     def __init__(
@@ -163,9 +164,10 @@ class Storing:
     # --- the commit ---
 
     async def _is_missing(self, wanted: _Wanted, sources: Sequence[tuple[str, Source]]) -> bool:
-        """Whether the version is not there yet. Raises what refuses it: by its name, or by what its files hold."""
-        if await self._registry.look(lambda: self._existing(wanted)) is not None:
-            return False
+        """Whether bytes of the version are needed. Raises what refuses it: by its name, or by what its files hold."""
+        existing = await self._registry.look(lambda: self._existing(wanted))
+        if existing is not None:
+            return not self._is_sound(existing)
         await self._examining.refuse(wanted.metadata.type, sources)
         return True
 
@@ -191,6 +193,11 @@ class Storing:
             )
         return entry
 
+    def _is_sound(self, entry: VersionEntry) -> bool:
+        """Whether none of its bytes are known to be wrong."""
+        trusts = self._registry.catalog.blobs.trusts
+        return not entry.quarantined and all(trusts(file["key"]) for file in entry.files)
+
     def _check_not_alias(self, model_id: str, version: str) -> None:
         model = self._registry.catalog.model(model_id)
         if model is not None and version in model.aliases:
@@ -206,7 +213,9 @@ class Storing:
         def decide() -> Change | StoreReply:
             existing = self._existing(wanted)
             if existing is None:
-                return Change("store", self._record(wanted, _usable(files, upload), context, upload))
+                return Change("store", self._record(wanted, self._usable(files, upload), context, upload))
+            if not self._is_sound(existing):
+                return Change("update", self._moved(existing, self._usable(files, upload), context, upload))
             if existing.deleted_at is None:
                 return store_reply(existing, created=False)
             record = {"model": model_id, "versions": [version], "whole": False, "replicas": list(existing.replicas)}
@@ -214,6 +223,8 @@ class Storing:
 
         keys = [file["key"] for file in files or ()]
         outcome = await self._registry.transact(model_id.lower(), decide, pins=keys)
+        if isinstance(outcome, Entry) and outcome.op == "update":  # a deleted version is yet to be restored
+            outcome = await self._registry.transact(model_id.lower(), decide, pins=keys)
         if not isinstance(outcome, Entry):
             return outcome
         entry = await self._registry.look(lambda: self._registry.catalog.find(model_id, version))
@@ -241,6 +252,32 @@ class Storing:
         if upload is not None:
             record["upload"] = upload.id
         return with_request(cast("dict[str, Any]", record), context)
+
+    def _moved(
+        self, entry: VersionEntry, files: list[StoredFile], context: Context, upload: UploadEntry | None
+    ) -> dict[str, Any]:
+        """The record that gives a version these blobs, whose bytes are right, in place of its own."""
+        if entry.quarantined and not entry.wrong:  # since before records said which of its blobs are wrong
+            raise ModelManagerError("ERR_CONFLICT", "The version is quarantined: validate it, then store it again.")
+        before = {file["path"]: file["key"] for file in entry.files}
+        moved = {blob["sha256"]: blob for blob in entry.moved}
+        for file in files:
+            if file["key"] != before[file["path"]]:
+                moved[file["sha256"]] = {"size": file["size"], "sha256": file["sha256"], "key": file["key"]}
+        record = update_record(self._registry, entry, state="available", moved=list(moved.values()))
+        if upload is not None:
+            record["upload"] = upload.id
+        return record if entry.deleted_at is not None else with_request(record, context)
+
+    def _usable(self, files: list[StoredFile] | None, upload: UploadEntry | None) -> list[StoredFile]:
+        """The files, if a version may be recorded with them; ERR_CONFLICT if not."""
+        if upload is not None and upload.state != "completed":
+            message = f"The upload is {upload.state}; begin a new one."
+            raise ModelManagerError("ERR_CONFLICT", message, state=upload.state)
+        if files is None or not all(self._registry.catalog.blobs.trusts(file["key"]) for file in files):
+            message = "Bytes that the rack had are gone or known to be wrong since: send them again."
+            raise ModelManagerError("ERR_CONFLICT", message)
+        return files
 
     def _check_fits(self, wanted: _Wanted, context: Context) -> None:
         """ERR_INVALID_REQUEST if the record would be too large, before there are bytes."""
@@ -280,15 +317,6 @@ class _Pins:
         if key is not None:
             self.keys.append(key)
         return key
-
-
-def _usable(files: list[StoredFile] | None, upload: UploadEntry | None) -> list[StoredFile]:
-    """The files, if a version may be recorded with them; ERR_CONFLICT if not."""
-    if upload is not None and upload.state != "completed":
-        raise ModelManagerError("ERR_CONFLICT", f"The upload is {upload.state}; begin a new one.", state=upload.state)
-    if files is None:
-        raise ModelManagerError("ERR_CONFLICT", "The version was purged meanwhile; store it again.")
-    return files
 
 
 def _decode(params: StoreModel, limit: int) -> list[_Inline]:
