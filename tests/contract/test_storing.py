@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import pickle
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import pytest
 from safetensors.numpy import save
 
 from schemas.errors import ModelManagerError
-from schemas.model import version_digest
+from schemas.findings import Finding
+from schemas.model import Metadata, version_digest
 from tests.rack import LocalRack
+from worker.context import Context
+from worker.validation.registry import HOOKS
+from worker.validation.source import Source
 
 
 def sha256(data: bytes) -> str:
@@ -139,6 +145,62 @@ async def test_a_broken_safetensors_header_is_refused_with_its_findings(rack: Lo
     assert (await rack.call("storeModel", params))["created"] is True
 
 
+async def test_a_store_that_hangs_is_not_the_models_fault(rack: LocalRack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.service.examining._READ_TIMEOUT_S", 0.05)
+    cut = asyncio.Event()
+
+    async def hang(*args: Any) -> bytes:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cut.set()
+            raise
+        return b""
+
+    monkeypatch.setattr(rack.store, "read_at", hang)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"bytes"
+
+    with pytest.raises(ModelManagerError) as error:
+        await rack.service.store_stream(
+            "net",
+            Metadata(type="custom"),
+            filename="m",
+            chunks=chunks(),
+            size=5,
+            sha256=None,
+            context=Context(),
+        )
+    assert (error.value.code, error.value.retryable) == ("ERR_STORAGE_UNAVAILABLE", True)
+    await asyncio.wait_for(cut.wait(), 5)
+
+
+async def test_nobody_looks_on_into_files_whose_caller_is_gone(
+    rack: LocalRack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(path: str, source: Source) -> list[Finding]:
+        looks.append(path)
+        began.set()
+        go_on.wait(10)
+        return []
+
+    monkeypatch.setitem(cast("dict[str, Any]", HOOKS), "gguf", slow)
+    files = [{"path": f"{i}.gguf", "data": b64(b"GGUF" + bytes([i]))} for i in range(9)]
+    params = {"modelId": "net", "metadata": {"type": "gguf"}, "files": files}
+    call = asyncio.create_task(rack.call("storeModel", params))
+    assert await asyncio.to_thread(began.wait, 10)
+    call.cancel()
+    await asyncio.wait([call])
+    go_on.set()
+    await rack.store_bytes("other", "1.0.0", b"x")
+    await asyncio.sleep(0.1)
+    assert len(looks) == 1
+
+
 async def test_a_format_that_is_not_on_the_list_is_refused(tmp_path: Path) -> None:
     rack = LocalRack(tmp_path, formats=frozenset({"onnx"})).open()
     with pytest.raises(ModelManagerError) as error:
@@ -196,9 +258,6 @@ async def test_what_is_larger_than_a_message_may_hold_is_delivered_by_address(ra
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(20):
             yield bytes(100_000)
-
-    from schemas.model import Metadata
-    from worker.context import Context
 
     await rack.service.store_stream(
         "big",
