@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -268,3 +269,11 @@ def test_a_zip_directory_above_the_limit_is_refused_without_being_read() -> None
     names = [f"{i:0200d}" for i in range(40_000)]
     codes = examined("custom", model__zip=zipped(*names))
     assert codes == ["archive-too-large"]
+
+
+def test_directories_within_each_other_count_together() -> None:
+    directory = b"".join(
+        b"PK\x01\x02" + bytes(24) + struct.pack("<3H", 1, 0, 0) + bytes(12) + b"a" for _ in range(60_000)
+    )
+    ends = [struct.pack("<4s8x2I2x", b"PK\x05\x06", len(directory) - 47 * k, 47 * k) for k in range(8)]
+    assert examined("custom", w__dat=directory + b"".join(ends)) == ["archive-too-large"]

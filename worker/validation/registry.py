@@ -21,7 +21,7 @@ from worker.validation.source import Hook, Source, read_ends
 
 FILE_FINDINGS_MAX = 20
 FINDINGS_MAX = 200
-# A file takes two seconds at the very most, and all of the largest models there are hardly more.
+# A file takes a few seconds at the very most, and all of the largest models there are hardly more.
 BUDGET_S = 30.0
 UNSAFE = "unsafe-"
 
