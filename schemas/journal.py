@@ -25,6 +25,14 @@ class Record(TypedDict):
     idem: NotRequired[Idempotency]
 
 
+class Blob(TypedDict):
+    """Bytes and where they lie."""
+
+    size: int
+    sha256: str
+    key: str
+
+
 class StoredFile(TypedDict):
     path: str
     size: int
@@ -50,7 +58,11 @@ class StoreRecord(Record):
 
 
 class UpdateRecord(Record):
-    """op `update`: the metadata, the replicas or the state of a version changed; all of them as they are now."""
+    """op `update`: the metadata, the replicas or the state of a version changed; all of them as they are now.
+
+    `wrong` are the storage keys of its blobs, now or before, that were found gone or not what was stored. `moved` are
+    the bytes that were stored again, under other keys than the `store` record's; perhaps by an `upload`.
+    """
 
     model: str
     version: str
@@ -62,6 +74,9 @@ class UpdateRecord(Record):
     state: Literal["available", "quarantined"]
     revision: int
     created: int
+    wrong: NotRequired[list[str]]
+    moved: NotRequired[list[Blob]]
+    upload: NotRequired[str]
 
 
 class DeleteRecord(Record):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ def view(registry: Registry) -> dict[str, Any]:
         assert model is not None
         entries = [catalog.entry(catalog.table.find(name, version), wait=True) for version in model.versions]
         versions[name] = ([(entry, catalog.aliases_of(entry)) for entry in entries], dict(model.aliases))
-    blobs = {key: catalog.blobs.needs(key) for key in (f"blobs/{n:026d}" for n in range(50))}
+    known = [entry for entries, _ in versions.values() for entry, _ in entries]
+    keys = {file["key"] for entry in known for file in (*entry.files, *entry.moved)} | {
+        key for entry in known for key in entry.wrong
+    }
+    blobs = {key: (catalog.blobs.needs(key), catalog.blobs.trusts(key)) for key in keys}
     return {
         "versions": versions,
         "totals": dataclasses.replace(catalog.totals),
         "blobs": (len(catalog.blobs), catalog.blobs.bytes, blobs),
-        "keys": {n: catalog.blobs.key_of(f"{n:064x}") for n in range(50)},
+        "keys": {n: catalog.blobs.key_of(sha256(bytes([n])).hexdigest()) is not None for n in range(4)},
         "jobs": {job.id: job.state for job in catalog.jobs.values()},
         "types": {name: count for name, count in catalog.table.type_counts().items() if count},
         "requests": sorted(key for key, *_ in catalog.requests.dumped()),

@@ -1,4 +1,4 @@
-"""Recently stored models: the bytes of their small files, and the racks each should go to.
+"""Recently stored models: the bytes of their small files.
 
 It spares the storage a read right after a store, when replicas and inference workers ask for what is new.
 """
@@ -24,14 +24,13 @@ class CacheStats:
 @dataclass(frozen=True, slots=True)
 class _Entry:
     contents: Mapping[str, bytes]
-    peers: tuple[str, ...]
     size: int
 
 
 class ModelCache:
     """A least-recently-used cache by (model id, version), bounded by entries and by the bytes of their files.
 
-    A zero `max_entries` turns it off; a zero `max_bytes` keeps peers only. Used from the event loop alone: not locked.
+    A zero `max_entries` turns it off. Used from the event loop alone: not locked.
     """
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
@@ -40,19 +39,17 @@ class ModelCache:
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
         self._bytes = self._hits = self._misses = self._evictions = 0
 
-    def put(self, model_id: str, version: str, contents: Mapping[str, bytes], peers: tuple[str, ...]) -> None:
-        """Keep the files (sha256 to bytes) and the peers of a version, in place of what was kept of it before.
+    def put(self, model_id: str, version: str, contents: Mapping[str, bytes]) -> None:
+        """Keep these files (sha256 to bytes) of a version, in place of what was kept of it before.
 
-        Contents that are together above `max_bytes` are left out, and the peers kept.
+        Contents that are together above `max_bytes` are not kept.
         """
         self._drop((model_id, version))
-        if self._max_entries <= 0:
-            return
         size = sum(len(data) for data in contents.values())
-        fits = size <= self._max_bytes
+        if self._max_entries <= 0 or size > self._max_bytes:
+            return
         # A view into a larger buffer would keep all of that alive, so it is copied; for bytes this copies nothing.
-        kept = {sha256: bytes(data) for sha256, data in contents.items()} if fits else {}
-        entry = _Entry(kept, peers, size if fits else 0)
+        entry = _Entry({sha256: bytes(data) for sha256, data in contents.items()}, size)
         self._entries[model_id, version] = entry
         self._bytes += entry.size
         while len(self._entries) > self._max_entries or self._bytes > self._max_bytes:
@@ -63,14 +60,12 @@ class ModelCache:
         """The bytes of a file of a version, or None if they are not kept."""
         entry = self._entries.get((model_id, version))
         data = entry.contents.get(sha256) if entry else None
-        self._touch((model_id, version), hit=data is not None)
+        if data is not None:
+            self._entries.move_to_end((model_id, version))
+            self._hits += 1
+        else:
+            self._misses += 1
         return data
-
-    def peers_of(self, model_id: str, version: str) -> tuple[str, ...] | None:
-        """The racks that a version should go to, or None if it is not kept."""
-        entry = self._entries.get((model_id, version))
-        self._touch((model_id, version), hit=entry is not None)
-        return entry.peers if entry else None
 
     def forget(self, model_id: str, version: str | None) -> None:
         """Drop a version, or with None every version of a model; what is not kept is no error."""
@@ -79,15 +74,8 @@ class ModelCache:
             self._drop(key)
 
     def stats(self) -> CacheStats:
-        """A snapshot; a lookup of bytes or of peers is a hit or a miss, what is forgotten is no eviction."""
+        """A snapshot; a lookup of bytes is a hit or a miss, what is forgotten is no eviction."""
         return CacheStats(len(self._entries), self._bytes, self._hits, self._misses, self._evictions)
-
-    def _touch(self, key: tuple[str, str], *, hit: bool) -> None:
-        if hit:
-            self._entries.move_to_end(key)
-            self._hits += 1
-        else:
-            self._misses += 1
 
     def _drop(self, key: tuple[str, str]) -> None:
         if entry := self._entries.pop(key, None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ OPERATIONS = st.lists(
         st.sampled_from(
             ["store"] * 5
             + ["update", "delete", "delete all", "purge", "restore", "alias", "no alias", "upload", "abort"]
-            + ["replicate", "validate", "rotate", "compact"]
+            + ["replicate", "validate", "rot", "rot", "store again", "store again", "rotate", "compact"]
         ),
         st.sampled_from(["a", "b", "org/c"]),
         st.sampled_from(["1", "2", "3"]),
@@ -59,10 +60,11 @@ class Life:
         self.folder = folder
         self.copies: list[Path] = []
         self.milestones: list[Milestone] = []
+        self.store = MemoryStore()
         self._uploads: list[str] = []
 
     async def play(self, operations: list[Operation]) -> None:
-        rack = LocalRack(self.folder, store=MemoryStore()).open()
+        rack = LocalRack(self.folder, store=self.store).open()
         try:
             self._note(rack)
             rack.registry.listen(lambda entry: self._note(rack))
@@ -99,6 +101,13 @@ class Life:
             await rack.call(*calls[operation.kind], key=key)
         elif operation.kind == "store":
             await rack.store_bytes(operation.model, operation.version, bytes([operation.number]), tags=["y"])
+        elif operation.kind == "rot":
+            for key in self._right_blobs(rack, operation):
+                self.store.blobs[key] = b"rotten"
+            await rack.call("validateModel", {**version, "waitMs": 5000})
+        elif operation.kind == "store again":
+            for data in self._right_blobs(rack, operation).values():
+                await rack.store_bytes(operation.model, operation.version, data)
         elif operation.kind == "upload":
             files = [{"path": "f", "size": 1, "sha256": f"sha256:{operation.number:064x}"}]
             begun = await rack.call("createUpload", {**version, "files": files})
@@ -112,6 +121,12 @@ class Life:
             shutil.copytree(self.folder / "registry", copy, ignore=shutil.ignore_patterns("RESERVE"))
             self.copies.append(copy)
             await compact_here(rack.registry)
+
+    def _right_blobs(self, rack: LocalRack, operation: Operation) -> dict[str, bytes]:
+        """What the store should hold of the version, by key."""
+        found = rack.registry.catalog.find(operation.model, operation.version)
+        contents = {hashlib.sha256(data).hexdigest(): data for data in (bytes([n]) for n in range(4))}
+        return {} if found is None else {file["key"]: contents[file["sha256"]] for file in found.files}
 
     def expected(self, segment: str, cut: int) -> dict[str, Any]:
         """The last state that was reached before that byte of the segment was written."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import pickle
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import pytest
 from safetensors.numpy import save
 
 from schemas.errors import ModelManagerError
-from schemas.model import version_digest
+from schemas.findings import Finding
+from schemas.model import Metadata, version_digest
 from tests.rack import LocalRack
+from worker.context import Context
+from worker.validation.registry import HOOKS
+from worker.validation.source import Source
 
 
 def sha256(data: bytes) -> str:
@@ -139,6 +145,62 @@ async def test_a_broken_safetensors_header_is_refused_with_its_findings(rack: Lo
     assert (await rack.call("storeModel", params))["created"] is True
 
 
+async def test_a_store_that_hangs_is_not_the_models_fault(rack: LocalRack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.service.examining._READ_TIMEOUT_S", 0.05)
+    cut = asyncio.Event()
+
+    async def hang(*args: Any) -> bytes:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cut.set()
+            raise
+        return b""
+
+    monkeypatch.setattr(rack.store, "read_at", hang)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"bytes"
+
+    with pytest.raises(ModelManagerError) as error:
+        await rack.service.store_stream(
+            "net",
+            Metadata(type="custom"),
+            filename="m",
+            chunks=chunks(),
+            size=5,
+            sha256=None,
+            context=Context(),
+        )
+    assert (error.value.code, error.value.retryable) == ("ERR_STORAGE_UNAVAILABLE", True)
+    await asyncio.wait_for(cut.wait(), 5)
+
+
+async def test_nobody_looks_on_into_files_whose_caller_is_gone(
+    rack: LocalRack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(path: str, source: Source) -> list[Finding]:
+        looks.append(path)
+        began.set()
+        go_on.wait(10)
+        return []
+
+    monkeypatch.setitem(cast("dict[str, Any]", HOOKS), "gguf", slow)
+    files = [{"path": f"{i}.gguf", "data": b64(b"GGUF" + bytes([i]))} for i in range(9)]
+    params = {"modelId": "net", "metadata": {"type": "gguf"}, "files": files}
+    call = asyncio.create_task(rack.call("storeModel", params))
+    assert await asyncio.to_thread(began.wait, 10)
+    call.cancel()
+    await asyncio.wait([call])
+    go_on.set()
+    await rack.store_bytes("other", "1.0.0", b"x")
+    await asyncio.sleep(0.1)
+    assert len(looks) == 1
+
+
 async def test_a_format_that_is_not_on_the_list_is_refused(tmp_path: Path) -> None:
     rack = LocalRack(tmp_path, formats=frozenset({"onnx"})).open()
     with pytest.raises(ModelManagerError) as error:
@@ -160,12 +222,11 @@ async def test_a_wrong_checksum_is_told_with_both(rack: LocalRack) -> None:
     assert error.details["actual"] == f"sha256:{sha256(b'bytes')}"
 
 
-async def test_the_placement_is_recorded_and_remembered_by_the_cache(rack: LocalRack) -> None:
+async def test_the_placement_is_recorded(rack: LocalRack) -> None:
     await rack.store_bytes("net", "1.0.0", b"bytes")
     replicas = (await rack.call("getModelMetadata", {"modelId": "net"}))["replicas"]
     assert len(replicas) == 1
     assert set(replicas) <= {"rack-2", "rack-3"}
-    assert rack.cache.peers_of("net", "1.0.0") == tuple(replicas)
 
 
 async def test_recently_stored_bytes_are_answered_from_memory(rack: LocalRack) -> None:
@@ -173,6 +234,16 @@ async def test_recently_stored_bytes_are_answered_from_memory(rack: LocalRack) -
     (rack.folder / "models" / reply["storageKey"]).unlink()
     got = await rack.call("getModel", {"modelId": "net", "delivery": "inline"})
     assert base64.b64decode(got["modelData"]) == b"bytes"
+
+
+async def test_files_that_were_read_for_one_answer_are_kept_together_for_the_next(rack: LocalRack) -> None:
+    files = [{"path": path, "data": b64(path.encode())} for path in "abcd"]
+    reply = await rack.call("storeModel", {"modelId": "net", "metadata": {"type": "custom"}, "files": files})
+    rack.cache.forget("net", None)
+    first = await rack.call("getModel", {"modelId": "net"})
+    for file in reply["files"]:
+        (rack.folder / "models" / file["storageKey"]).unlink()
+    assert await rack.call("getModel", {"modelId": "net"}) == first
 
 
 async def test_bytes_that_went_bad_are_never_answered(rack: LocalRack) -> None:
@@ -187,9 +258,6 @@ async def test_what_is_larger_than_a_message_may_hold_is_delivered_by_address(ra
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(20):
             yield bytes(100_000)
-
-    from schemas.model import Metadata
-    from worker.context import Context
 
     await rack.service.store_stream(
         "big",

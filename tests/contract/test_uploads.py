@@ -110,6 +110,21 @@ async def test_on_disk_files_are_put_to_this_worker(disk: LocalRack) -> None:
     assert [file["path"] for file in stored["files"]] == ["a", "b"]
 
 
+async def test_an_upload_that_was_stored_is_no_way_around_what_a_store_promises(disk: LocalRack) -> None:
+    upload = (await create(disk, a=b"one"))["uploadId"]
+    await receive(disk, upload, "a", b"one")
+    await complete(disk, upload)
+    assert (await store(disk, upload))["created"] is True
+    assert (await store(disk, upload))["created"] is False
+    other = {"modelId": "net", "metadata": {"type": "ncnn"}, "uploadId": upload}
+    assert await code(disk.call("storeModel", other)) == "ERR_MODEL_ALREADY_EXISTS"
+    await disk.call("deleteModel", {"modelId": "net"})
+    assert (await store(disk, upload))["created"] is False
+    assert (await disk.call("getModelMetadata", {"modelId": "net"}))["state"] == "available"
+    await disk.call("deleteModel", {"modelId": "net", "purge": True})
+    assert await code(store(disk, upload)) == "ERR_CONFLICT"
+
+
 async def test_in_an_object_store_parts_go_straight_to_it(s3: LocalRack) -> None:
     data = os.urandom(PART + 1000)
     upload = await create(s3, big=data, empty=b"")

@@ -245,7 +245,7 @@ async def test_the_gauges_follow_the_registry_and_the_cache(metrics: Metrics, tm
     store: dict[str, Any] = {name: member for name, member in RECORD_EXAMPLES["store"].items() if name != "idem"}
     try:
         await registry.transact("model", lambda: Change("store", store))
-        cache.put(store["model"], store["version"], {"0": b"1234"}, ())
+        cache.put(store["model"], store["version"], {"0": b"1234"})
         cache.bytes_of(store["model"], store["version"], "0")
         assert value(metrics, "models", state="live") == 1
         assert value(metrics, "model_versions", state="live") == 1

@@ -10,6 +10,7 @@ import lzma
 import pickle
 import random
 import struct
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -210,6 +211,61 @@ def test_a_numpy_file_with_objects_is_a_pickle(dtype: object) -> None:
 @pytest.mark.parametrize("dtype", ["f4", ">i8", "U5", "M8[ns]", [("O", "f4"), ("s", "S3", (2, 2))]])
 def test_a_numpy_file_of_plain_numbers_is_fine(dtype: object) -> None:
     assert codes("m.npy", saved(numpy.zeros(2, dtype=dtype))) == []  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+@pytest.mark.parametrize("name", ["arr_0.npy", "arr_0", "deep/ARR.NPY"])
+def test_an_array_of_objects_is_found_in_an_archive_of_arrays(compression: int, name: str) -> None:
+    objects = saved(numpy.zeros(2, dtype=object))
+    members = (("first.npy", saved(numpy.zeros(200))), (name, objects))
+    assert codes("m.npz", zipped(*members, compression=compression)) == PICKLE
+    assert codes("m.npz", b"in front" + zipped(*members, compression=compression))[:1] == PICKLE
+
+
+def test_an_array_of_objects_is_found_behind_blocks_of_nothing() -> None:
+    squeeze = zlib.compressobj(wbits=-15)
+    nothing = b"".join(squeeze.flush(zlib.Z_FULL_FLUSH) or b"\x00\x00\x00\xff\xff" for _ in range(4000))
+    data = nothing + squeeze.compress(saved(numpy.zeros(2, dtype=object))) + squeeze.flush()
+    archive = bytearray(zipped(("a.npy", data)))
+    for header, method in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        at = archive.index(header) + method
+        archive[at : at + 2] = b"\x08\x00"
+    assert codes("m.npz", bytes(archive)) == PICKLE
+
+
+def test_an_archive_of_plain_arrays_is_fine() -> None:
+    for save in (numpy.savez, numpy.savez_compressed):
+        buffer = io.BytesIO()
+        save(buffer, w=numpy.zeros((300, 300)), b=numpy.zeros(3, "i4"), s=numpy.array(["a", "b"]))
+        assert codes("m.npz", buffer.getvalue()) == []
+        assert codes("m.npz", buffer.getvalue(), model_type="numpy") == []
+
+
+def tarred(kind: int) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as archive:
+        for name in ("storages", "tensors", "pickle"):
+            data = pickle.dumps({"w": 1}, 2)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_what_the_oldest_loader_of_torch_unpickles_is_found(kind: int, old: bool) -> None:
+    data = bytearray(tarred(kind))
+    if old:  # before there was a magic
+        data[257:265] = bytes(8)
+        data[148:156] = b" " * 8
+        data[148:156] = b"%06o\0 " % sum(data[:512])
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            assert archive.getnames() == ["storages", "tensors", "pickle"]
+    for path in ("pytorch_model.bin", "model.tar", "model"):
+        assert codes(path, bytes(data), model_type="pytorch") == PICKLE
+    assert codes("pytorch_model.bin", bytes(data)) == PICKLE
+    assert codes("dataset.tar", bytes(data)) == []
 
 
 def test_a_numpy_header_that_cannot_be_read_counts_as_objects() -> None:

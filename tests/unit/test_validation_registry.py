@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
+import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import pytest
@@ -190,13 +193,54 @@ def warn_often(path: str, source: Source) -> Iterable[Finding]:
 
 
 def test_no_bound_on_findings_hides_an_error() -> None:
-    files = [(f"{i}.gguf", BytesSource(GGUF)) for i in range(30)]
+    files = [(f"{i}.gguf", BytesSource(GGUF + bytes([i]))) for i in range(30)]
     one = examine("gguf", files[:1], allow_pickle=False, hooks={"gguf": warn_often})
     assert len(one) == FILE_FINDINGS_MAX and one[0].code == "bad"
     files.append(("last.pkl", BytesSource(pickle.dumps([1]))))
     found = examine("gguf", files, allow_pickle=False, hooks={"gguf": warn_often})
     assert len(found) == FINDINGS_MAX
     assert [each.code for each in found[:31]] == ["unsafe-pickle"] + ["bad"] * 30
+
+
+def counting_hook(looks: list[str]) -> dict[str, Any]:
+    def count(path: str, source: Source) -> list[Finding]:
+        looks.append(path)
+        return []
+
+    return {"gguf": count}
+
+
+def test_the_same_bytes_are_looked_into_once_for_each_suffix() -> None:
+    looks: list[str] = []
+    paths = [*(f"{i}.gguf" for i in range(100)), "a.odd", "b.ODD", "c"]
+    files = [(path, BytesSource(bytes(GGUF))) for path in paths]
+    assert examine("gguf", files, allow_pickle=False, hooks=counting_hook(looks)) == []
+    assert looks == ["0.gguf", "a.odd", "c"]
+
+
+def test_what_takes_too_long_to_look_into_is_an_error() -> None:
+    looks: list[str] = []
+
+    def slow(path: str, source: Source) -> list[Finding]:
+        looks.append(path)
+        end = time.thread_time() + 1
+        while time.thread_time() < end:
+            pass
+        return []
+
+    files = [(f"{i}.gguf", BytesSource(GGUF + bytes([i]))) for i in range(100)]
+    found = examine("gguf", files, allow_pickle=False, hooks={"gguf": slow}, budget_s=0.9)
+    assert [each.code for each in found] == ["too-costly"]
+    assert len(looks) == 1
+    error = refusal(found)
+    assert error is not None and error.code == "ERR_INVALID_MODEL_DATA"
+
+
+def test_a_look_that_nobody_waits_for_any_more_ends_with_the_file_it_is_at() -> None:
+    looks: list[str] = []
+    files = [(f"{i}.gguf", BytesSource(GGUF + bytes([i]))) for i in range(100)]
+    examine("gguf", files, allow_pickle=False, hooks=counting_hook(looks), stopped=lambda: len(looks) == 3)
+    assert len(looks) == 3
 
 
 def test_nothing_or_warnings_alone_refuse_nothing() -> None:
@@ -225,3 +269,11 @@ def test_a_zip_directory_above_the_limit_is_refused_without_being_read() -> None
     names = [f"{i:0200d}" for i in range(40_000)]
     codes = examined("custom", model__zip=zipped(*names))
     assert codes == ["archive-too-large"]
+
+
+def test_directories_within_each_other_count_together() -> None:
+    directory = b"".join(
+        b"PK\x01\x02" + bytes(24) + struct.pack("<3H", 1, 0, 0) + bytes(12) + b"a" for _ in range(60_000)
+    )
+    ends = [struct.pack("<4s8x2I2x", b"PK\x05\x06", len(directory) - 47 * k, 47 * k) for k in range(8)]
+    assert examined("custom", w__dat=directory + b"".join(ends)) == ["archive-too-large"]

@@ -7,16 +7,19 @@ to the row of a version, whose record tells for certain.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 
-from schemas.journal import StoredFile
+from schemas.journal import Blob, StoredFile
 from worker.catalog.records import IndexedFile
 
 _MIX = 0x9E37_79B9_7F4A_7C15
 _KEY_CHARACTERS = 16
+_ROWS_READ = 8  # for one key: where so many versions have bytes that are wrong, they are stored anew
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -50,9 +53,13 @@ class BlobIndex:
         self._settled_rows = 0
         # Since then, and what uploads need.
         self._uses: dict[str, int] = {}
-        self._key_of: dict[str, str] = {}
+        self._keys_of: dict[str, tuple[str, ...]] = {}
         self._content: dict[str, tuple[str, int]] = {}  # key -> (sha256, size), once the bytes are known to be there
         self._unneeded: set[str] = set()
+        # By row: what `note` was told last.
+        self.wrong: dict[int, Sequence[str]] = {}
+        self.moved: dict[int, Sequence[Blob]] = {}
+        self._distrusted: Counter[str] = Counter()  # keys, by how many rows say that they are wrong
 
     def __len__(self) -> int:
         return self._count
@@ -63,16 +70,21 @@ class BlobIndex:
         return key in self._uses or self._settled_uses(key)
 
     def key_of(self, sha256: str) -> str | None:
-        """The key of a stored, verified blob with these bytes."""
-        key = self._key_of.get(sha256)
-        if key is not None:
-            return key
-        for row in self._by_sha.rows_of(int(_sha_hashes([sha256])[0])):
-            if self._known.has_row(row):
-                for file in self._known.files_of(row):
-                    if file["sha256"] == sha256:
-                        return file["key"]
+        """The key of a stored, verified blob with these bytes, a late one of several; of none that is known to be
+        wrong."""
+        for key in reversed(self._keys_of.get(sha256, ())):
+            if self.trusts(key):
+                return key
+        rows = reversed(self._by_sha.rows_of(int(_sha_hashes([sha256])[0])))
+        for row in islice((row for row in rows if self._known.has_row(row)), _ROWS_READ):
+            for file in self._known.files_of(row):
+                if file["sha256"] == sha256 and self.trusts(file["key"]):
+                    return file["key"]
         return None
+
+    def trusts(self, key: str) -> bool:
+        """Whether nobody has found that the blob is gone, or not what was stored."""
+        return key not in self._distrusted
 
     def take_unneeded(self) -> set[str]:
         """The keys that lost their last use since the last call."""
@@ -150,9 +162,25 @@ class BlobIndex:
 
     # --- folding what comes after ---
 
-    def use(self, files: Sequence[StoredFile]) -> None:
+    def note(self, row: int, wrong: Sequence[str], moved: Sequence[Blob]) -> None:
+        """What the last `update` says of a version's bytes, in place of what another one said before. It needs those
+        that moved beside the ones it was stored with, which stay as long as it does."""
+        wrong_before, moved_before = self.wrong.pop(row, ()), self.moved.pop(row, ())
+        if wrong:
+            self.wrong[row] = wrong
+            self._distrusted.update(wrong)
+        if moved:
+            self.moved[row] = moved
+            self.use(moved)
+        for key in wrong_before:
+            self._distrusted[key] -= 1
+            if not self._distrusted[key]:
+                del self._distrusted[key]
+        self.release(blob["key"] for blob in moved_before)
+
+    def use(self, files: Sequence[Blob] | Sequence[StoredFile]) -> None:
         """Count a use of each file's blob, whose bytes are there and verified."""
-        content, key_of = self._content, self._key_of
+        content, keys_of = self._content, self._keys_of
         keys = [file["key"] for file in files]
         settled = self._settled_among([key for key in keys if key not in content])
         for key, file in zip(keys, files, strict=True):
@@ -162,7 +190,9 @@ class BlobIndex:
                     self._count += 1
                     self.bytes += size
                 content[key] = (sha256, size)
-            key_of.setdefault(sha256, key)
+            others = keys_of.get(sha256, ())
+            if key not in others:
+                keys_of[sha256] = (*others, key)
         self.hold(keys)
 
     def hold(self, keys: Sequence[str]) -> None:
@@ -179,8 +209,9 @@ class BlobIndex:
             if self._uses[key] == 0:
                 del self._uses[key]
                 sha256, size = self._content.pop(key, ("", 0))
-                if self._key_of.get(sha256) == key:
-                    del self._key_of[sha256]
+                others = tuple(other for other in self._keys_of.pop(sha256, ()) if other != key)
+                if others:
+                    self._keys_of[sha256] = others
                 if not self._settled_uses(key):
                     if sha256:
                         self._drop(key, size)
@@ -227,10 +258,11 @@ class _Hashes:
         return order
 
     def rows_of(self, value: int) -> list[int]:
+        """Ascending."""
         wanted = np.uint64(value)
         start = np.searchsorted(self.hashes, wanted, "left")
         end = np.searchsorted(self.hashes, wanted, "right")
-        rows: list[int] = self.rows[start:end].tolist()
+        rows: list[int] = np.sort(self.rows[start:end]).tolist()
         return rows
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -169,6 +169,11 @@ class Catalog:
     def files_of(self, row: int) -> Sequence[StoredFile]:
         return self.entry(row).files
 
+    def doubting(self, keys: Set[str]) -> list[tuple[str, str]]:
+        """Model and version of those that were found to be bad for one of these blobs."""
+        rows = [row for row, wrong in self.blobs.wrong.items() if not keys.isdisjoint(wrong)]
+        return [(self.table.model[row], self.table.version[row]) for row in rows]
+
     def tagged(self, tag: str) -> Rows:
         """Ascending, all visible rows with this tag; and some that had it, or are not visible any more."""
         return np.frombuffer(self.by_tag.get(tag, array("I")).tobytes(), np.uint32)
@@ -263,16 +268,18 @@ class Catalog:
 
     def _update(self, record: Any, sequence: int, time_ms: int) -> None:
         row = self.table.find(record["model"], record["version"])
-        if row == NO_ROW:
-            return
-        table = self.table
-        table.updated[row] = sequence
-        if record["state"] == "quarantined":
-            table.state[row] |= QUARANTINED
-        else:
-            table.state[row] &= ~QUARANTINED
-        self._entries.drop(row)
-        self._tag(row, record["metadata"])
+        if row != NO_ROW:
+            table = self.table
+            table.updated[row] = sequence
+            if record["state"] == "quarantined":
+                table.state[row] |= QUARANTINED
+            else:
+                table.state[row] &= ~QUARANTINED
+            self._entries.drop(row)
+            self._tag(row, record["metadata"])
+            self.blobs.note(row, record.get("wrong", ()), record.get("moved", ()))
+        if "upload" in record:
+            self._upload_stored(record["upload"], sequence, time_ms)
 
     def _delete(self, record: Any, sequence: int, time_ms: int) -> None:
         self._note_tombstone(sequence, time_ms)
@@ -322,13 +329,21 @@ class Catalog:
 
     def _forget(self, row: int) -> None:
         # A fold cannot be put off; most often the version was read just before, for the decision.
-        files = () if self._replaying else self.entry(row, wait=True).files
+        files = () if self._replaying else self._stored_files(row)
         self.deleted.pop(row, None)
         self.restored.pop(row, None)
         self._entries.drop(row)
         self.table.forget(row)
         if not self._replaying:
             self.blobs.forget(row, files)
+        self.blobs.note(row, (), ())
+
+    def _stored_files(self, row: int) -> Sequence[StoredFile]:
+        """As they were when the version was stored."""
+        if row not in self.blobs.moved:
+            return self.entry(row, wait=True).files
+        files: Sequence[StoredFile] = self._records(self.table.stored[row], wait=True)[0]["files"]
+        return files
 
     def _alias(self, record: Any, sequence: int, time_ms: int) -> None:
         if record["version"] is None:

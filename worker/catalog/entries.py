@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from schemas.ids import digest_of
-from schemas.journal import PlannedFile, StoredFile, StoreRecord, UpdateRecord
+from schemas.journal import Blob, PlannedFile, StoredFile, StoreRecord, UpdateRecord
 from schemas.model import File, ListedVersion, State
 from schemas.rpc import JobState, MetadataReply
 from schemas.wire import timestamp
@@ -27,6 +27,7 @@ class VersionEntry:
     """A stored version, as its records say. `checksum` is sha256 in hex, times are unix milliseconds, `sequence` is its
     `store` record's.
 
+    `wrong` and `moved` are those of the last `update` record; `files` says where the bytes lie now.
     `deleted_at` is set from a delete until a restore or the end of the undo window, at which the entry goes.
     """
 
@@ -43,6 +44,8 @@ class VersionEntry:
     sequence: int
     revision: int = 1
     quarantined: bool = False
+    wrong: tuple[str, ...] = ()
+    moved: tuple[Blob, ...] = ()
     deleted_at: int | None = None
     restorable_until: int | None = None
     _description: MetadataReply | None = field(default=None, init=False, repr=False, compare=False)
@@ -52,11 +55,12 @@ class VersionEntry:
         cls, sequence: int, store: StoreRecord, update: UpdateRecord | None, deletion: Deletion | None
     ) -> VersionEntry:
         """The version that was stored by the record `store` at `sequence`, and changed last by `update`."""
+        moved = () if update is None else tuple(update.get("moved", ()))
         return cls(
             model=store["model"],
             version=store["version"],
             type=store["type"],
-            files=tuple(store["files"]),
+            files=_where_they_lie(store["files"], moved),
             metadata=store["metadata"] if update is None else update["metadata"],
             checksum=store["checksum"],
             size=store["size"],
@@ -66,6 +70,8 @@ class VersionEntry:
             sequence=sequence,
             revision=1 if update is None else update["revision"],
             quarantined=update is not None and update["state"] == "quarantined",
+            wrong=() if update is None else tuple(update.get("wrong", ())),
+            moved=moved,
             deleted_at=None if deletion is None else deletion.at,
             restorable_until=None if deletion is None else deletion.until,
         )
@@ -118,6 +124,13 @@ class VersionEntry:
             "state": self.state,
             "createdAt": timestamp(self.created),
         }
+
+
+def _where_they_lie(files: Sequence[StoredFile], moved: Sequence[Blob]) -> tuple[StoredFile, ...]:
+    if not moved:
+        return tuple(files)
+    keys = {blob["sha256"]: blob["key"] for blob in moved}
+    return tuple({**file, "key": keys.get(file["sha256"], file["key"])} for file in files)
 
 
 def file_view(file: StoredFile) -> File:

@@ -28,6 +28,8 @@ def dump_catalog(catalog: Catalog) -> dict[str, Any]:
         "totals": asdict(catalog.totals),
         "deleted": [[row, d.at, d.until, d.sequence] for row, d in catalog.deleted.items()],
         "restored": list(catalog.restored.items()),
+        "wrong": list(catalog.blobs.wrong.items()),
+        "moved": list(catalog.blobs.moved.items()),
         "aliases": [
             [model, alias, version, sequence]
             for model, aliases in catalog.aliases.items()
@@ -60,6 +62,9 @@ def load_catalog(catalog: Catalog, parts: dict[str, memoryview]) -> bool:
     catalog.blobs.load(_named(parts, "blobs."))
     catalog.deleted = {row: Deletion(at, until, sequence) for row, at, until, sequence in rest["deleted"]}
     catalog.restored = dict(rest["restored"])
+    wrong, moved = dict(rest["wrong"]), dict(rest["moved"])
+    for row in wrong.keys() | moved.keys():
+        catalog.blobs.note(row, wrong.get(row, ()), moved.get(row, ()))
     for model, alias, version, sequence in rest["aliases"]:
         catalog.aliases.setdefault(model, {})[alias] = (version, sequence)
     for upload in rest["uploads"]:

@@ -53,14 +53,16 @@ class Checking:
             progress("bytes", done)
             files.append(checked)
             findings += finding
-        bytes_right = all(file["isValid"] for file in files)
-        if bytes_right:
+        wrong = {file["key"] for file, checked in zip(entry.files, files, strict=True) if not checked["isValid"]}
+        # The right size alone proves nothing.
+        right = {file["key"] for file in entry.files} - wrong if self._policy.check_checksums else set()
+        if not wrong:
             findings += await self._examining.findings(entry.type, self._examining.stored(entry.files))
         reply = ValidateReply(
             success=True,
             modelId=entry.model,
             version=entry.version,
-            isValid=bytes_right and not any(finding.severity == "error" for finding in findings),
+            isValid=not wrong and not any(finding.severity == "error" for finding in findings),
             expectedChecksum=digest_of(entry.checksum),
             actualChecksum=self._actual(entry, files),
             files=files,
@@ -68,7 +70,7 @@ class Checking:
         )
 
         async def commit() -> dict[str, Any]:
-            await self._record_state(entry, quarantined=not bytes_right)
+            await self._record_verdict(entry, right, wrong)
             return cast(dict[str, Any], reply)
 
         return commit
@@ -83,8 +85,10 @@ class Checking:
         }
         try:
             if not self._policy.check_checksums:
-                checked["isValid"] = (await self._store.stat(file["key"])).size == file["size"]
-                problem = "size-mismatch"
+                right_size = (await self._store.stat(file["key"])).size == file["size"]
+                # What was read and found wrong once is not right for its size.
+                checked["isValid"] = right_size and self._registry.catalog.blobs.trusts(file["key"])
+                problem = "checksum-mismatch" if right_size else "size-mismatch"
             else:
                 stored = await self._store.hash(file["key"], progress)
                 checked["actualChecksum"] = digest_of(stored.sha256)
@@ -107,17 +111,33 @@ class Checking:
         manifest = [(f["path"], sizes[f["path"]], str(f["actualChecksum"]).removeprefix("sha256:")) for f in files]
         return digest_of(version_digest(manifest))
 
-    async def _record_state(self, entry: VersionEntry, *, quarantined: bool) -> None:
+    async def _record_verdict(self, entry: VersionEntry, right: set[str], wrong: set[str]) -> None:
+        """Record what was found of these blobs: for the version, and for those that were found bad for one of them."""
+        for model, version in {(entry.model, entry.version), *self._registry.catalog.doubting(right)}:
+            await self._record_state(model, version, right, wrong)
+
+    async def _record_state(self, model: str, version: str, right: set[str], wrong: set[str]) -> None:
+        """Quarantine the version if one of its blobs is wrong, by this verdict or an earlier one; else lift it.
+
+        A verdict is about blobs: what has others by now, under the same name, is not concerned.
+        """
+
         def decide() -> Change | None:
-            current = self._registry.catalog.find(entry.model, entry.version)
-            if current is None or current.deleted_at is not None or current.quarantined == quarantined:
+            current = self._registry.catalog.find(model, version)
+            if current is None or current.deleted_at is not None:
+                return None
+            keys = {file["key"] for file in current.files}
+            known = (set(current.wrong) - right) | (wrong & keys)
+            quarantined = bool(known & keys) or (current.quarantined and not keys <= right)
+            if (quarantined, known) == (current.quarantined, set(current.wrong)):
                 return None
             state = "quarantined" if quarantined else "available"
-            return Change("update", update_record(self._registry, current, state=state))
+            return Change("update", update_record(self._registry, current, state=state, wrong=sorted(known)))
 
-        if await self._registry.transact(entry.model.lower(), decide) is not None and quarantined:
-            self._cache.forget(entry.model, entry.version)
-            _log.error("model_quarantined", model=entry.model, version=entry.version)
+        changed = await self._registry.transact(model.lower(), decide)
+        if changed is not None and changed.record["state"] == "quarantined":
+            self._cache.forget(model, version)
+            _log.error("model_quarantined", model=model, version=version)
 
     async def replicate(self, params: dict[str, Any], progress: Progress) -> Commit:
         """Record which racks should hold the version; the record's hint tells them. No rack's answer is waited for."""

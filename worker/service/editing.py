@@ -33,6 +33,7 @@ from worker.registry import Change, Registry
 
 def update_record(registry: Registry, entry: VersionEntry, **changed: Any) -> dict[str, Any]:
     """The `update` record of a version as it is, with `changed` members."""
+    known = {"wrong": list(entry.wrong), "moved": list(entry.moved)}
     return {
         "model": entry.model,
         "version": entry.version,
@@ -44,6 +45,7 @@ def update_record(registry: Registry, entry: VersionEntry, **changed: Any) -> di
         "state": entry.state,
         "revision": entry.revision,
         "created": entry.created,
+        **{name: blobs for name, blobs in known.items() if blobs},
         **changed,
     }
 

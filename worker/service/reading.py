@@ -106,7 +106,8 @@ class Reading:
     async def _available(self, model_id: str, reference: str) -> VersionEntry:
         """The version, if its bytes may be given out."""
         entry = await self._registry.look(lambda: self._registry.catalog.resolve(model_id, reference))
-        if entry.quarantined:
+        trusts = self._registry.catalog.blobs.trusts
+        if entry.quarantined or not all(trusts(file["key"]) for file in entry.files):
             raise ModelManagerError(
                 "ERR_CHECKSUM_MISMATCH",
                 f"{model_id}:{entry.version} is quarantined: its stored bytes are known to be wrong.",
@@ -136,7 +137,8 @@ class Reading:
             files=[],
         )
         if inline:
-            reply["files"] = [await self._inline(entry, file) for file in entry.files]
+            contents = await self._contents(entry)
+            reply["files"] = [_delivered(file, contents[file["sha256"]]) for file in entry.files]
             if len(entry.files) == 1:
                 reply["modelData"] = reply["files"][0]["data"]
         else:
@@ -144,15 +146,20 @@ class Reading:
             reply["files"] = [await self._linked(entry, file) for file in entry.files]
         return reply
 
-    async def _inline(self, entry: VersionEntry, file: StoredFile) -> DeliveredFile:
-        data = self._cache.bytes_of(entry.model, entry.version, file["sha256"])
-        if data is None:
-            data = await self._read_verified(entry, file)
-            peers = self._cache.peers_of(entry.model, entry.version) or entry.replicas
-            self._cache.put(entry.model, entry.version, {file["sha256"]: data}, peers)
-        delivered = cast(DeliveredFile, file_view(file))
-        delivered["data"] = base64.b64encode(data).decode()
-        return delivered
+    async def _contents(self, entry: VersionEntry) -> dict[str, bytes]:
+        """The bytes of a small version by sha256. They are kept together: an entry of the cache is a whole version."""
+        contents: dict[str, bytes] = {}
+        complete = True
+        for file in entry.files:
+            sha256 = file["sha256"]
+            if sha256 in contents:
+                continue
+            data = self._cache.bytes_of(entry.model, entry.version, sha256)
+            complete = complete and data is not None
+            contents[sha256] = await self._read_verified(entry, file) if data is None else data
+        if not complete:
+            self._cache.put(entry.model, entry.version, contents)
+        return contents
 
     async def _read_verified(self, entry: VersionEntry, file: StoredFile) -> bytes:
         try:
@@ -285,3 +292,9 @@ class Reading:
                 return {"success": True, "epoch": journal.epoch, "head": head, "changes": hints, "next": after}
             if after >= journal.head:
                 await self._registry.moved(remaining)
+
+
+def _delivered(file: StoredFile, data: bytes) -> DeliveredFile:
+    delivered = cast(DeliveredFile, file_view(file))
+    delivered["data"] = base64.b64encode(data).decode()
+    return delivered

@@ -138,10 +138,9 @@ class ModelService:
             return cast(dict[str, Any], await self.uploads.describe(record["upload"]))
         if entry.op == "upload.end":
             return {"success": True, "uploadId": record["upload"], "state": record["state"]}
-        if method == "storeModel" and entry.op == "restore":
-            stored = await self._registry.look(
-                lambda: self._registry.catalog.find(record["model"], record["versions"][0])
-            )
+        if method == "storeModel" and entry.op in ("restore", "update"):
+            version = record["version"] if entry.op == "update" else record["versions"][0]
+            stored = await self._registry.look(lambda: self._registry.catalog.find(record["model"], version))
             if stored is not None:
                 return cast(dict[str, Any], store_reply(stored, created=False))
         return await self._registry.look(lambda: answer_of(entry, self._registry.catalog))

@@ -20,17 +20,18 @@ from schemas.model import Metadata, media_type, version_digest
 from schemas.rpc import StoreModel, StoreReply
 from worker.answers import store_reply
 from worker.cache import ModelCache
-from worker.catalog.entries import VersionEntry
+from worker.catalog.entries import UploadEntry, VersionEntry
 from worker.context import Context
 from worker.journal import Entry
 from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.replication.placement import place
+from worker.service.editing import update_record, with_request
 from worker.service.examining import Examining
 from worker.storage.blobstore import BlobInfo, BlobStore
 from worker.uploads.plan import FEW_FILES, check_fits
 from worker.uploads.sessions import UploadSessions
-from worker.validation.source import BytesSource
+from worker.validation.source import BytesSource, Source
 
 _log = structlog.get_logger()
 
@@ -44,8 +45,21 @@ class _Inline:
     sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The version that a caller stores; of each file path, size and sha256."""
+
+    model_id: str
+    metadata: Metadata
+    files: tuple[tuple[str, int, str], ...]
+
+
 class Storing:
-    """storeModel in its three forms, and the streaming upload of one file."""
+    """storeModel in its three forms, and the streaming upload of one file.
+
+    A store of what is there already ends as `created: false`, in whichever form it comes. If the rack's own bytes of it
+    are known to be wrong, those that came take their place, and the version is available again.
+    """
 
     def __init__(
         self,
@@ -68,24 +82,19 @@ class Storing:
         if params.upload_id is not None:
             return await self._store_uploaded(params, context)
         inline = _decode(params, self._policy.max_inline_size)
-        described = [(file.path, len(file.data), file.sha256) for file in inline]
-        existing = await self._look_existing(params.model_id, params.metadata, described)
-        if existing is None:
-            self._check_fits(params, described, context)
-            await self._examining.refuse(params.metadata.type, [(file.path, BytesSource(file.data)) for file in inline])
+        wanted = _Wanted(
+            params.model_id, params.metadata, tuple((file.path, len(file.data), file.sha256) for file in inline)
+        )
+        sources = [(file.path, BytesSource(file.data)) for file in inline]
         with self._pins() as pins:
-            if existing is None:
-                files = await self._put_inline(inline, params, pins)
-            else:
-                files = list(existing.files)
-            reply = await self._commit(params.model_id, params.metadata, files, context)
+            files = None
+            if await self._is_missing(wanted, sources):
+                self._check_fits(wanted, context)
+                files = await self._put_inline(inline, wanted, pins)
+            reply = await self._commit(wanted, files, context)
         if reply["created"]:
-            self._cache.put(
-                params.model_id,
-                params.metadata.version,
-                {file.sha256: file.data for file in inline},
-                await self._peers(params.model_id, params.metadata.version),
-            )
+            contents = {file.sha256: file.data for file in inline}
+            self._cache.put(params.model_id, params.metadata.version, contents)
         return reply
 
     async def store_stream(
@@ -114,42 +123,26 @@ class Storing:
                 sha256=sha256,
                 max_size=self._policy.max_model_size,
             )
-            existing = await self._look_existing(model_id, metadata, [(filename, stored.size, stored.sha256)])
+            wanted = _Wanted(model_id, metadata, ((filename, stored.size, stored.sha256),))
             file = _stored_file(filename, stored.size, stored.sha256, key)
-            if existing is None:
-                await self._examining.refuse(metadata.type, self._examining.stored([file]))
-            file["key"] = await pins.stored(stored.sha256) or key
-            reply = await self._commit(model_id, metadata, [file], context)
-        if reply["created"]:
-            self._cache.put(model_id, metadata.version, {}, await self._peers(model_id, metadata.version))
-        return reply
+            if await self._is_missing(wanted, self._examining.stored([file])):
+                file["key"] = await pins.stored(stored.sha256) or key
+            return await self._commit(wanted, [file], context)
 
     async def _store_uploaded(self, params: StoreModel, context: Context) -> StoreReply:
         upload = self._uploads.completed(params.upload_id or "", params.model_id, params.metadata.version)
-        if upload.state == "stored":
-            catalog = self._registry.catalog
-            entry = await self._registry.look(lambda: catalog.resolve(params.model_id, params.metadata.version))
-            return store_reply(entry, created=False)
         files = list(upload.stored_files)
+        wanted = _Wanted(
+            params.model_id, params.metadata, tuple((file["path"], file["size"], file["sha256"]) for file in files)
+        )
         with self._pins() as pins:
             for file in files:
                 pins.new(file["key"])
-            existing = await self._look_existing(
-                params.model_id, params.metadata, [(file["path"], file["size"], file["sha256"]) for file in files]
-            )
-            if existing is None:
-                await self._examining.refuse(params.metadata.type, self._examining.stored(files))
-            reply = await self._commit(params.model_id, params.metadata, files, context, upload=upload.id)
-        if reply["created"]:
-            self._cache.put(
-                params.model_id,
-                params.metadata.version,
-                {},
-                await self._peers(params.model_id, params.metadata.version),
-            )
-        return reply
+            if upload.state == "completed":
+                await self._is_missing(wanted, self._examining.stored(files))
+            return await self._commit(wanted, files, context, upload=upload)
 
-    async def _put_inline(self, inline: list[_Inline], params: StoreModel, pins: _Pins) -> list[StoredFile]:
+    async def _put_inline(self, inline: list[_Inline], wanted: _Wanted, pins: _Pins) -> list[StoredFile]:
         """The files, with the bytes that are not there yet put into the store, once each."""
         keys: dict[str, str] = {}
         for file in inline:
@@ -161,7 +154,7 @@ class Storing:
                 await self._store.put(
                     keys[file.sha256],
                     _once(file.data),
-                    info=self._info(params.model_id, params.metadata),
+                    info=self._info(wanted.model_id, wanted.metadata),
                     size=len(file.data),
                     sha256=file.sha256,
                     max_size=self._policy.max_model_size,
@@ -170,15 +163,17 @@ class Storing:
 
     # --- the commit ---
 
-    async def _look_existing(
-        self, model_id: str, metadata: Metadata, files: Sequence[tuple[str, int, str]]
-    ) -> VersionEntry | None:
-        return await self._registry.look(lambda: self._existing(model_id, metadata, files))
+    async def _is_missing(self, wanted: _Wanted, sources: Sequence[tuple[str, Source]]) -> bool:
+        """Whether bytes of the version are needed. Raises what refuses it: by its name, or by what its files hold."""
+        existing = await self._registry.look(lambda: self._existing(wanted))
+        if existing is not None:
+            return not self._is_sound(existing)
+        await self._examining.refuse(wanted.metadata.type, sources)
+        return True
 
-    def _existing(
-        self, model_id: str, metadata: Metadata, files: Sequence[tuple[str, int, str]]
-    ) -> VersionEntry | None:
+    def _existing(self, wanted: _Wanted) -> VersionEntry | None:
         """The stored version if it has the same files and type; ERR_MODEL_ALREADY_EXISTS if it has others."""
+        model_id, metadata = wanted.model_id, wanted.metadata
         catalog = self._registry.catalog
         twin = catalog.case_twin(model_id)
         if twin is not None:
@@ -188,7 +183,7 @@ class Storing:
             self._check_not_alias(model_id, metadata.version)
             return None
         stored = sorted((file["path"], file["size"], file["sha256"]) for file in entry.files)
-        if entry.type != metadata.type or stored != sorted(files):
+        if entry.type != metadata.type or stored != sorted(wanted.files):
             raise ModelManagerError(
                 "ERR_MODEL_ALREADY_EXISTS",
                 f"{model_id}:{entry.version} is stored already, with other files or another type.",
@@ -198,93 +193,102 @@ class Storing:
             )
         return entry
 
+    def _is_sound(self, entry: VersionEntry) -> bool:
+        """Whether none of its bytes are known to be wrong."""
+        trusts = self._registry.catalog.blobs.trusts
+        return not entry.quarantined and all(trusts(file["key"]) for file in entry.files)
+
     def _check_not_alias(self, model_id: str, version: str) -> None:
         model = self._registry.catalog.model(model_id)
         if model is not None and version in model.aliases:
             raise ModelManagerError("ERR_CONFLICT", f"{version} is an alias of {model_id}.", alias=version)
 
     async def _commit(
-        self,
-        model_id: str,
-        metadata: Metadata,
-        files: list[StoredFile],
-        context: Context,
-        *,
-        upload: str | None = None,
+        self, wanted: _Wanted, files: list[StoredFile] | None, context: Context, *, upload: UploadEntry | None = None
     ) -> StoreReply:
-        size = sum(file["size"] for file in files)
-        self._policy.check_size(size)
+        """Record the version, or find it there. `files` is None if it was there before; they are those of `upload`."""
+        model_id, version = wanted.model_id, wanted.metadata.version
+        self._policy.check_size(sum(size for _, size, _ in wanted.files))
 
         def decide() -> Change | StoreReply:
-            existing = self._existing(model_id, metadata, [(f["path"], f["size"], f["sha256"]) for f in files])
+            existing = self._existing(wanted)
             if existing is None:
-                return Change("store", self._record(model_id, metadata, files, size, context, upload))
+                return Change("store", self._record(wanted, self._usable(files, upload), context, upload))
+            if not self._is_sound(existing):
+                return Change("update", self._moved(existing, self._usable(files, upload), context, upload))
             if existing.deleted_at is None:
                 return store_reply(existing, created=False)
-            record = {"model": model_id, "versions": [existing.version], "whole": False}
-            record["replicas"] = list(existing.replicas)
-            if context.idempotency is not None:
-                record["idem"] = context.idempotency
-            return Change("restore", record)
+            record = {"model": model_id, "versions": [version], "whole": False, "replicas": list(existing.replicas)}
+            return Change("restore", with_request(record, context))
 
-        keys = [file["key"] for file in files]
+        keys = [file["key"] for file in files or ()]
         outcome = await self._registry.transact(model_id.lower(), decide, pins=keys)
+        if isinstance(outcome, Entry) and outcome.op == "update":  # a deleted version is yet to be restored
+            outcome = await self._registry.transact(model_id.lower(), decide, pins=keys)
         if not isinstance(outcome, Entry):
             return outcome
-        entry = await self._registry.look(lambda: self._registry.catalog.find(model_id, metadata.version))
+        entry = await self._registry.look(lambda: self._registry.catalog.find(model_id, version))
         if entry is None:  # deleted and purged by someone else since
-            raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"{model_id}:{metadata.version} was purged meanwhile.")
+            raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"{model_id}:{version} was purged meanwhile.")
         return store_reply(entry, created=outcome.op == "store")
 
     def _record(
-        self,
-        model_id: str,
-        metadata: Metadata,
-        files: list[StoredFile],
-        size: int,
-        context: Context,
-        upload: str | None,
-    ) -> StoreRecord:
-        checksum = (
-            files[0]["sha256"]
-            if len(files) == 1
-            else version_digest((file["path"], file["size"], file["sha256"]) for file in files)
-        )
-        policy = self._policy
+        self, wanted: _Wanted, files: list[StoredFile], context: Context, upload: UploadEntry | None = None
+    ) -> dict[str, Any]:
+        metadata, policy = wanted.metadata, self._policy
+        checksum = wanted.files[0][2] if len(wanted.files) == 1 else version_digest(wanted.files)
         record: StoreRecord = {
-            "model": model_id,
+            "model": wanted.model_id,
             "version": metadata.version,
             "type": metadata.type,
             "files": sorted(files, key=lambda file: file["path"].encode()),
             "metadata": metadata.as_dict(),
             "checksum": checksum,
-            "size": size,
+            "size": sum(size for _, size, _ in wanted.files),
             "created": time.time_ns() // 1_000_000,
             "origin": policy.rack,
             "replicas": list(place(checksum, policy.peers, policy.replication_factor, policy.rack)),
         }
         if upload is not None:
-            record["upload"] = upload
-        if context.idempotency is not None:
-            record["idem"] = context.idempotency
-        return record
+            record["upload"] = upload.id
+        return with_request(cast("dict[str, Any]", record), context)
 
-    def _check_fits(self, params: StoreModel, described: Sequence[tuple[str, int, str]], context: Context) -> None:
+    def _moved(
+        self, entry: VersionEntry, files: list[StoredFile], context: Context, upload: UploadEntry | None
+    ) -> dict[str, Any]:
+        """The record that gives a version these blobs, whose bytes are right, in place of its own."""
+        if entry.quarantined and not entry.wrong:  # since before records said which of its blobs are wrong
+            raise ModelManagerError("ERR_CONFLICT", "The version is quarantined: validate it, then store it again.")
+        before = {file["path"]: file["key"] for file in entry.files}
+        moved = {blob["sha256"]: blob for blob in entry.moved}
+        for file in files:
+            if file["key"] != before[file["path"]]:
+                moved[file["sha256"]] = {"size": file["size"], "sha256": file["sha256"], "key": file["key"]}
+        record = update_record(self._registry, entry, state="available", moved=list(moved.values()))
+        if upload is not None:
+            record["upload"] = upload.id
+        return record if entry.deleted_at is not None else with_request(record, context)
+
+    def _usable(self, files: list[StoredFile] | None, upload: UploadEntry | None) -> list[StoredFile]:
+        """The files, if a version may be recorded with them; ERR_CONFLICT if not."""
+        if upload is not None and upload.state != "completed":
+            message = f"The upload is {upload.state}; begin a new one."
+            raise ModelManagerError("ERR_CONFLICT", message, state=upload.state)
+        if files is None or not all(self._registry.catalog.blobs.trusts(file["key"]) for file in files):
+            message = "Bytes that the rack had are gone or known to be wrong since: send them again."
+            raise ModelManagerError("ERR_CONFLICT", message)
+        return files
+
+    def _check_fits(self, wanted: _Wanted, context: Context) -> None:
         """ERR_INVALID_REQUEST if the record would be too large, before there are bytes."""
-        if len(described) <= FEW_FILES:
+        if len(wanted.files) <= FEW_FILES:
             return
         key = self._store.new_key()
-        files = [_stored_file(path, size, sha256, key) for path, size, sha256 in described]
-        size = sum(file["size"] for file in files)
-        record = self._record(params.model_id, params.metadata, files, size, context, None)
-        check_fits("store", cast("dict[str, Any]", record))
+        files = [_stored_file(path, size, sha256, key) for path, size, sha256 in wanted.files]
+        check_fits("store", self._record(wanted, files, context))
 
     def _info(self, model_id: str, metadata: Metadata) -> BlobInfo:
         return BlobInfo(format=metadata.type, model=model_id, version=metadata.version, rack=self._policy.rack)
-
-    async def _peers(self, model_id: str, version: str) -> tuple[str, ...]:
-        entry = await self._registry.look(lambda: self._registry.catalog.find(model_id, version))
-        return () if entry is None else entry.replicas
 
     @contextlib.contextmanager
     def _pins(self) -> Iterator[_Pins]:

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from worker.validation.archives import compression, peek, zip_names
+from worker.validation.archives import Member, compression, is_tar, member_begins, peek, zip_members
 from worker.validation.sniffing import Content
 from worker.validation.source import Ends, Source
 
@@ -24,12 +24,14 @@ ALWAYS_PICKLE = frozenset({".pkl", ".pickle", ".joblib", ".pt", ".pth", ".dill",
 OFTEN_PICKLE = frozenset({".bin", ".ckpt", ".npy", ".npz", ".sav", ".dat", ".data", ".model", ".th", ".params"})
 # Here a `.bin` is raw weights, whose first bytes may be an opcode by chance.
 _RAW_WEIGHTS = frozenset({"openvino", "onnx", "coreml", "tensorflow", "jax", "gguf", "ggml", "ncnn"})
+_TORCH = frozenset({"pytorch", "torchscript"})
 # Any text may decode as old opcodes: "cat", "dog" on two lines is an import of `at.dog`.
 _PROSE = {".txt", ".md", ".rst", ".log", ".html", ".py", ".sh", ".jinja", ".vocab", ".merges", ".tokens", ".tiktoken"}
 _RECORDS = {".json", ".jsonl", ".yaml", ".yml", ".toml", ".xml", ".csv", ".tsv", ".cfg", ".ini", ".prototxt", ".pbtxt"}
 
 _OPCODES_MAX = 4096
 _NPY_HEADER_MAX = 10_000
+_ARRAYS_MAX = 10_000
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*", re.ASCII)
 # What can put a name on the stack, where STACK_GLOBAL takes two from.
 _STRINGS = {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
@@ -57,8 +59,10 @@ def pickle_within(path: str, model_type: str, ends: Ends, content: Content, sour
         trace = decode(ends.head, ends.beyond)
         if trace.imports or trace.stop is not None or trace.cut:
             return "is a pickle"
-    if "zip" in content.formats and (name := _pickled_member(ends, source)):
-        return f"is a zip archive that holds the pickle {name!r}"
+    if "zip" in content.formats and (reason := _pickled_member(suffix, model_type, ends, source)):
+        return reason
+    if is_tar(ends.head) and (model_type in _TORCH or suffix in ALWAYS_PICKLE | OFTEN_PICKLE):
+        return "is a tar archive, in which old versions of torch have pickles"
     if content.leading == "numpy" and npy_holds_objects(ends.head):
         return "is a NumPy array of Python objects, which are pickled"
     if content.leading is not None or not ends.size:
@@ -148,12 +152,28 @@ def _is_old_pickle(trace: Trace, suffix: str, model_type: str, size: int) -> boo
     return trace.cut and suffix in OFTEN_PICKLE and model_type not in _RAW_WEIGHTS
 
 
-def _pickled_member(ends: Ends, source: Source) -> str | None:
-    """The first name in a zip archive that a loader would unpickle; readers of archives may ignore case."""
-    for name in zip_names(ends, source):
-        if PurePosixPath(name).suffix.lower() in ALWAYS_PICKLE:
-            return name[:120]
+def _pickled_member(suffix: str, model_type: str, ends: Ends, source: Source) -> str | None:
+    """Of a zip archive the first file that a loader would unpickle, as a clause; readers of archives may ignore case.
+
+    NumPy takes any file in an archive of its own for an array, whatever its name.
+    """
+    all_arrays = suffix == ".npz" or model_type == "numpy"
+    seen: set[Member] = set()
+    for member in zip_members(ends, source):
+        kind = PurePosixPath(member.name).suffix.lower()
+        if kind in ALWAYS_PICKLE:
+            return f"is a zip archive that holds the pickle {member.name[:120]!r}"
+        if (all_arrays or kind == ".npy") and member not in seen:
+            if len(seen) == _ARRAYS_MAX:
+                return f"is a zip archive of more than {_ARRAYS_MAX} arrays, which are not all looked into"
+            seen.add(member)
+            if any(begin is None or _begins_array_of_objects(begin) for begin in member_begins(member, source)):
+                return f"is a zip archive that holds an array of Python objects, {member.name[:120]!r}"
     return None
+
+
+def _begins_array_of_objects(begin: bytes) -> bool:
+    return begin.startswith(b"\x93NUMPY") and npy_holds_objects(begin)
 
 
 def npy_holds_objects(head: bytes) -> bool:

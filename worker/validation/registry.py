@@ -6,7 +6,8 @@ errors turn into ERR_INVALID_MODEL_DATA.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -20,6 +21,8 @@ from worker.validation.source import Hook, Source, read_ends
 
 FILE_FINDINGS_MAX = 20
 FINDINGS_MAX = 200
+# A file takes a few seconds at the very most, and all of the largest models there are hardly more.
+BUDGET_S = 30.0
 UNSAFE = "unsafe-"
 
 HOOKS: Mapping[str, Hook] = {
@@ -64,15 +67,31 @@ def examine(
     *,
     allow_pickle: bool,
     hooks: Mapping[str, Hook] = HOOKS,
+    stopped: Callable[[], bool] = lambda: False,
+    budget_s: float = BUDGET_S,
 ) -> list[Finding]:
     """What is to be said about the files of a version, errors first, at most 20 a file and 200 in all.
+
+    The same bytes are looked into once for each suffix, and told of under the first such path. After `budget_s` seconds
+    of a processor the rest is left out, which is an error; once `stopped`, nobody wants to know.
 
     Blocking: runs in a worker thread. It raises nothing but what a source raises as retryable: that says nothing about
     the model, so it must not end as a finding against it.
     """
     findings: list[Finding] = []
     answered = False
+    seen: set[tuple[Source, str]] = set()
+    began = time.thread_time()
     for path, source in files:
+        look_alike = (source, PurePosixPath(path).suffix.lower())
+        if look_alike in seen:
+            continue
+        seen.add(look_alike)
+        if stopped():
+            return []
+        if time.thread_time() - began > budget_s:
+            message = f"To look into the files takes more than {budget_s:g} seconds of a processor."
+            return _bounded([*findings, Finding("error", "too-costly", message)], FINDINGS_MAX)
         claim = _claim(path, model_type, alone=len(files) == 1)
         look = _Look(path, model_type, claim, source, allow_pickle, hooks)
         found, content = look.findings()

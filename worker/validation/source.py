@@ -14,7 +14,7 @@ TAIL_BYTES = 64 * 1024 + 22
 
 
 class Source(Protocol):
-    """One file, synchronous, used from a worker thread."""
+    """One file, synchronous, used from a worker thread. Hashable: those that are equal have the same bytes."""
 
     @property
     def size(self) -> int:
