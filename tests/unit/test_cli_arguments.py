@@ -47,6 +47,14 @@ def test_an_assignment_is_json_or_else_text() -> None:
     }
 
 
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", '{"a": [NaN]}', '{"a": 1, "a": 2}', "9" * 5000])
+def test_what_may_be_meant_as_json_and_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ModelManagerError, match="loss: ") as caught:
+        assignments([f"loss={text}"])
+    assert caught.value.code == "ERR_INVALID_REQUEST"
+    assert assignments(['loss="NaN"', "title=Infinity War"]) == {"loss": "NaN", "title": "Infinity War"}
+
+
 @pytest.mark.parametrize("word", ["novalue", "=1"])
 def test_an_assignment_needs_a_key_and_a_value(word: str) -> None:
     with pytest.raises(ModelManagerError, match="KEY=JSON"):

@@ -15,7 +15,7 @@ from schemas.ids import LATEST
 from schemas.routes import FILE, PATH_PARAMETERS, ROUTES, Route
 from schemas.rpc import METHODS
 from schemas.wire import dump, parse_object
-from worker.client.caller import Unreachable, error_of, no_answer, until_answered
+from worker.client.caller import Unreachable, encoded, error_of, no_answer, until_answered
 
 MAX_REPLY_BYTES = 16 * 1024**2
 
@@ -37,6 +37,7 @@ class HttpCaller:
     ) -> dict[str, Any]:
         if method == "getModel":
             return await self._get_model(params, timeout_s)
+        encoded(params)  # also what a path or a query carries must be text that can be sent
         params = with_version(method, params)
 
         async def attempt(left_s: float, key: str | None) -> dict[str, Any]:
