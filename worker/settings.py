@@ -23,6 +23,7 @@ from schemas.errors import ModelManagerError
 from schemas.ids import ModelType, Rack
 from schemas.wire import parse_object
 from worker.broker_url import is_address, unusable_tls, with_tls
+from worker.http_address import flaw_for_s3, flaw_of
 
 _UNITS = (
     {"": 1, "B": 1}
@@ -362,6 +363,14 @@ def _unusable(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "http.host", "an address other than loopback needs http.tokenFile"
     if settings.storage.backend == "s3" and not settings.storage.s3.bucket:
         yield "storage.s3.bucket", "the s3 backend needs a bucket"
+    s3 = settings.storage.s3
+    for key, url, flaw in (
+        ("http.publicUrl", settings.http.public_url, flaw_of),
+        ("storage.s3.endpointUrl", s3.endpoint_url, flaw_for_s3),
+        ("storage.s3.publicEndpointUrl", s3.public_endpoint_url, flaw_for_s3),
+    ):
+        if url is not None and (why := flaw(url)) is not None:
+            yield key, why
     if settings.rack in settings.replication.peers:
         yield "replication.peers", "must not name this rack itself"
     if settings.max_inline_size > 1_400_000:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.utils import is_valid_endpoint_url, is_valid_ipv6_endpoint_url
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -210,6 +211,41 @@ def test_a_folder_in_place_of_a_file_is_told(folder: Folder) -> None:
     folder.common.unlink()
     folder.common.mkdir()
     assert "cannot be read" in folder.problems()[0]
+
+
+# --- addresses ---
+
+ADDRESSES = ("http.publicUrl", "storage.s3.endpointUrl", "storage.s3.publicEndpointUrl")
+
+
+@pytest.mark.parametrize("key", ADDRESSES)
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "minio:9000",
+        "minio",
+        "ftp://minio/",
+        "http://",
+        "http://:9000",
+        "http://h:99999",
+        "http://[::1",
+        "http://h\n",
+    ],
+)
+def test_what_is_no_address_of_a_service_stops_the_boot(folder: Folder, key: str, address: str) -> None:
+    problem, *others = folder.problems({key: address})
+    assert problem.startswith(f"{key} (flag): ")
+    assert others == []
+
+
+@pytest.mark.parametrize("address", ["http://a_b:9000", "http://-a", "http://a..b", "http://a.", "http://[::1]:9000/"])
+def test_an_object_store_is_where_its_client_finds_it_or_stops_the_boot(folder: Folder, address: str) -> None:
+    if is_valid_endpoint_url(address) or is_valid_ipv6_endpoint_url(address):
+        assert folder.load({"storage.s3.endpointUrl": address})
+    else:
+        assert "no DNS name" in folder.problems({"storage.s3.endpointUrl": address})[0]
+    assert folder.load({"http.publicUrl": "https://worker_1:8002/models"})
 
 
 # --- secrets ---

@@ -16,6 +16,7 @@ from schemas.routes import FILE, PATH_PARAMETERS, ROUTES, Route
 from schemas.rpc import METHODS
 from schemas.wire import dump, parse_object
 from worker.client.caller import Unreachable, encoded, error_of, no_answer, until_answered
+from worker.http_address import flaw_of
 
 MAX_REPLY_BYTES = 16 * 1024**2
 
@@ -24,9 +25,8 @@ class HttpCaller:
     """Calls the worker whose HTTP service is at `url`. `token` is its bearer token, sent to that address only."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ModelManagerError("ERR_INVALID_REQUEST", "The address must begin with http:// or https://.")
+        if (flaw := flaw_of(url)) is not None:
+            raise ModelManagerError("ERR_INVALID_REQUEST", f"The address {flaw}.")
         self._url = url.rstrip("/")
         self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._session: aiohttp.ClientSession | None = None
