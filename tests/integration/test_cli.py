@@ -469,6 +469,20 @@ def test_config_show_tells_values_and_origins_and_no_secret(tmp_path: Path) -> N
     assert run("config", "check", folder=tmp_path).status == 0
 
 
+def test_config_show_tells_the_brokers_address_that_is_in_force(tmp_path: Path) -> None:
+    file = tmp_path / "amqp-url"
+    file.touch(mode=0o600)
+    file.write_text("amqp://me:s3cret@broker/")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/common.json").write_text(json.dumps({"amqp": {"urlFile": str(file)}}))
+    shown = run("config", "show", "-o", "json", folder=tmp_path).document
+    assert shown["amqp.url"] == {"value": "amqp://me:********@broker/", "origin": "amqp.urlFile"}
+    named = {"MODEL_MANAGER_AMQP__URL": "amqp://me:s3cret@other/"}
+    shown = run("config", "show", "-o", "json", folder=tmp_path, **named).document
+    assert shown["amqp.url"]["value"] == "amqp://me:********@other/"
+    assert shown["amqp.urlFile"] == {"value": None, "origin": "built-in"}
+
+
 def test_the_schema_of_the_settings_is_json_schema(tmp_path: Path) -> None:
     assert "maxModelSize" in run("config", "schema", folder=tmp_path).document["properties"]
 

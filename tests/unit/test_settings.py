@@ -256,13 +256,31 @@ def test_a_secret_comes_from_its_file_without_the_line_end(folder: Folder) -> No
     assert folder.load({"amqp.urlFile": str(folder.secret("amqp://broker/\n"))}).amqp_url == "amqp://broker/"
 
 
-def test_a_broker_that_is_named_by_a_flag_is_the_one_and_not_that_of_the_file(folder: Folder) -> None:
-    file = folder.secret("amqp://file.example/")
-    assert (
-        folder.load({"amqp.urlFile": str(file)}, AMQP__URL="amqp://other.example/").amqp_url == "amqp://file.example/"
-    )
-    flags = {"amqp.urlFile": str(file), "amqp.url": "amqp://flag.example/"}
-    assert folder.load(flags).amqp_url == "amqp://flag.example/"
+def test_of_the_brokers_address_and_its_file_the_one_in_the_higher_layer_holds(folder: Folder) -> None:
+    file = str(folder.secret("amqp://file.example/"))
+    folder.write({"amqp": {"urlFile": file}})
+    assert folder.load().amqp_url == "amqp://file.example/"
+    for higher in (
+        folder.load(AMQP__URL="amqp://other.example/"),
+        folder.load({"amqp.url": "amqp://other.example/"}),
+        folder.load({"amqp.url": "amqp://other.example/"}, AMQP__URL_FILE=file),
+    ):
+        assert higher.amqp_url == "amqp://other.example/"
+        assert higher.amqp_files == ()
+        assert "amqp.urlFile" not in higher.origins
+    folder.write({"amqp": {"url": "amqp://other.example/"}})
+    for higher in (folder.load(AMQP__URL_FILE=file), folder.load({"amqp.urlFile": file})):
+        assert higher.amqp_url == "amqp://file.example/"
+    assert folder.load({"amqp.urlFile": file}, AMQP__URL="amqp://other.example/").amqp_url == "amqp://file.example/"
+
+
+def test_within_one_layer_the_file_of_the_brokers_address_holds(folder: Folder) -> None:
+    file = str(folder.secret("amqp://file.example/"))
+    folder.write({"amqp": {"urlFile": file, "url": "amqp://other.example/"}})
+    assert folder.load().amqp_url == "amqp://file.example/"
+    assert folder.load(AMQP__URL="amqp://other.example/", AMQP__URL_FILE=file).amqp_url == "amqp://file.example/"
+    folder.write({"amqp": {"urlFile": None}}, rack="rack-1")
+    assert folder.load().amqp_url == "amqp://other.example/", "null says that there is no file, and nothing else"
 
 
 @pytest.mark.parametrize("address", ["broker", "http://broker/", "amqp:///vhost", "amqp://user:cut/short@broker/"])

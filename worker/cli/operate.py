@@ -49,6 +49,8 @@ def show_config(ctx: typer.Context, rack: Rack = None, output: Form = Format.TAB
     loaded = loaded_settings(out, rack=rack)
     values = dict(_masked(loaded.settings))
     origins = {key: loaded.origins.get(key, "built-in") for key in values}
+    if loaded.settings.amqp.url_file is not None:
+        values["amqp.url"], origins["amqp.url"] = _mask(loaded.amqp_url), "amqp.urlFile"
     document = {key: {"value": value, "origin": origins[key]} for key, value in values.items()}
     rows = ((key, "" if value is None else json_value(value), origins[key]) for key, value in values.items())
     out.result(document, lambda: table(("KEY", "VALUE", "ORIGIN"), rows))
