@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,8 @@ def test_probe_tells_whether_the_worker_lives_and_is_ready(http_service: Service
     address = http_service.address["MODEL_MANAGER_URL"]
     assert run("probe", "--url", address, folder=tmp_path).status == 0
     assert run("probe", "--ready", "--url", address, folder=tmp_path).status == 0
+    away = {"http_proxy": "http://127.0.0.1:1", "HTTP_PROXY": "http://127.0.0.1:1"}
+    assert run("probe", "--url", address, folder=tmp_path, **away).status == 0
     nobody = run("probe", "--url", "http://127.0.0.1:1", folder=tmp_path)
     assert (nobody.status, "Nobody answers" in nobody.err) == (7, True)
 
@@ -412,6 +415,40 @@ def test_a_journal_without_anything_that_checks_is_beyond_repair(tmp_path: Path)
 
 
 # --- without a worker ---
+
+
+@pytest.mark.parametrize(
+    ("host", "listens"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.2", "127.0.0.2")]
+)
+def test_probe_asks_where_the_worker_listens(tmp_path: Path, host: str, listens: str) -> None:
+    (tmp_path / "token").touch(mode=0o600)
+    (tmp_path / "token").write_text("t")
+    with socket.create_server((listens, 0)) as listener, ThreadPoolExecutor(1) as beside:
+        answered = beside.submit(answer_once, listener, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nup")
+        named = {"HTTP__HOST": host, "HTTP__PORT": str(listener.getsockname()[1]), "HTTP__TOKEN_FILE": "token"}
+        ran = run("probe", folder=tmp_path, **{f"MODEL_MANAGER_{name}": value for name, value in named.items()})
+        assert (ran.status, ran.out) == (0, "up\n"), ran.err
+        assert answered.result().startswith(b"GET /livez ")
+
+
+def test_probe_tells_what_is_no_address_and_what_is_no_worker(tmp_path: Path) -> None:
+    for address in ("foo", "http://127.0.0.1:99999"):
+        ran = run("probe", "--url", address, folder=tmp_path)
+        assert (ran.status, "The address " in ran.err) == (2, True)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as beside:
+        beside.submit(answer_once, listener, b"220 mail\r\n")
+        ran = run("probe", "--url", f"http://127.0.0.1:{listener.getsockname()[1]}", folder=tmp_path)
+    assert (ran.status, "Traceback" in ran.err) == (7, False)
+
+
+def answer_once(listener: socket.socket, answer: bytes) -> bytes:
+    """Take one connection, and the beginning of what it says."""
+    listener.settimeout(PATIENCE_S)
+    connection, _ = listener.accept()
+    with connection:
+        asked = connection.recv(65_536)
+        connection.sendall(answer)
+    return asked
 
 
 def test_a_folder_without_a_journal_is_told(tmp_path: Path) -> None:
