@@ -45,9 +45,11 @@ class HttpCaller:
                 return await self._request(method, params, left_s, key)
             except TimeoutError:
                 raise no_answer(timeout_s) from None
-            except aiohttp.ClientConnectionError:
-                message = "The connection was lost." if self._reached else "There is no worker at that address."
+            except aiohttp.ClientConnectorError:
+                message = "The worker is away." if self._reached else "There is no worker at that address."
                 raise Unreachable(message, passing=self._reached) from None
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
+                raise Unreachable("The connection was lost.", passing=True) from None
             except aiohttp.ClientError as error:
                 raise _foreign(f"The answer is not HTTP as expected ({type(error).__name__}).") from None
 
