@@ -555,6 +555,36 @@ def test_an_interrupt_ends_a_command_with_status_130(tmp_path: Path) -> None:
     assert err == b"interrupted\n"
 
 
+@pytest.mark.parametrize("words", [["rm", "kept"], ["push", __file__, "kept", "--type", "custom"]])
+def test_one_interrupt_ends_a_question_with_status_130(http_service: Service, words: list[str]) -> None:
+    http_service.run("push", __file__, "kept:1.0.0", "--type", "custom")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker", *words],
+        cwd=http_service.folder,
+        env=environment(**http_service.address),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stderr is not None
+        asked = b""
+        while not asked.endswith(b"]:"):
+            more = os.read(process.stderr.fileno(), 1000)
+            assert more, asked
+            asked += more
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == b"interrupted"
+    assert http_service.json("show", "kept")["version"] == "1.0.0"
+
+
 @pytest.mark.broker
 def test_a_topology_is_checked_provisioned_and_good(amqp_url: str, rack: str, tmp_path: Path) -> None:
     words = ("--rack", rack, "--amqp-url", amqp_url)
