@@ -585,6 +585,27 @@ def test_one_interrupt_ends_a_question_with_status_130(http_service: Service, wo
     assert http_service.json("show", "kept")["version"] == "1.0.0"
 
 
+def test_with_json_settings_that_cannot_be_used_are_told_in_the_envelope(tmp_path: Path) -> None:
+    for words, named in (
+        (["ls", "--rack", "rack-1"], {"MODEL_MANAGER_HTTP__PORT": "x"}),
+        (["doctor"], {"MODEL_MANAGER_STORAGE__S3__ENDPOINT_URL": "minio:9000"}),
+        (["ls", "--url", "http://127.0.0.1:1", "--token-file", "nowhere"], {}),
+    ):
+        ran = run(*words, "-o", "json", folder=tmp_path, **named)
+        assert (ran.status, ran.out) == (8, "")
+        error = json.loads(ran.err)["error"]
+        assert error["code"] == "ERR_INVALID_REQUEST"
+        assert error["details"]["problems"]
+
+
+def test_a_pull_to_a_name_that_is_no_text_succeeds(http_service: Service) -> None:
+    http_service.run("push", __file__, "named:1.0.0", "--type", "custom")
+    for name, more in ((b"caf\xe9", ["-o", "json"]), (b"th\xe9", [])):
+        ran = http_service.run("pull", "named", os.fsdecode(name), *more)
+        assert ran.status == 0, ran.err
+        assert (http_service.folder / os.fsdecode(name)).read_bytes() == Path(__file__).read_bytes()
+
+
 @pytest.mark.broker
 def test_a_topology_is_checked_provisioned_and_good(amqp_url: str, rack: str, tmp_path: Path) -> None:
     words = ("--rack", rack, "--amqp-url", amqp_url)
