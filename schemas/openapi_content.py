@@ -176,7 +176,7 @@ def _storing(components: Components, path: list[Schema]) -> Schema:
     created = {"Location": header("The version.")}
     return {
         "operationId": "putContent",
-        "summary": "Store a version of one file, streamed.",
+        "summary": "Store a version of one file, streamed. The same bytes again are a success.",
         "tags": ["content"],
         "parameters": [
             *path,
@@ -184,7 +184,6 @@ def _storing(components: Components, path: list[Schema]) -> Schema:
             _parameter("query", "filename", json_schema(FilePath), "The path of the file; `model.<type>` if absent."),
             _parameter("query", "description", {"type": "string", "maxLength": 16_384}, "What the model is."),
             _parameter("query", "tag", {"type": "array", "items": json_schema(Tag)}, "A tag; may be repeated."),
-            parameter("idempotencyKey"),
             parameter("reprDigest"),
         ],
         "requestBody": {"required": True, "content": _BINARY, "description": "The bytes as they are: not encoded."},

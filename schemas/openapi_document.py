@@ -100,7 +100,7 @@ def _operation(route: Route, components: Components) -> Schema:
         operation["parameters"] += _query(schema, left)
     elif left:
         operation["requestBody"] = _body(route, schema, left, carried, components)
-    if route.verb in ("POST", "PUT"):
+    if route.verb != "GET":
         operation["parameters"].append(parameter("idempotencyKey"))
     if route.verb == "PATCH":
         operation["parameters"].append(parameter("ifMatch"))

@@ -46,12 +46,17 @@ def _finite(text: str) -> float:
 _decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
 
 
+def parse_value(text: str) -> Any:
+    """The JSON value in `text`; ValueError or RecursionError if it is none."""
+    return _decoder.decode(text)
+
+
 def parse_object(body: bytes, *, limit: int = MAX_BODY_BYTES) -> dict[str, Any]:
     """The JSON object in `body`, or ERR_INVALID_REQUEST that says what is wrong with it."""
     if len(body) > limit:
         raise ModelManagerError("ERR_INVALID_REQUEST", f"The body is over {limit} bytes.", maxBodySize=limit)
     try:
-        value = _decoder.decode(body.decode("utf-8"))
+        value = parse_value(body.decode("utf-8"))
         if body.count(b"{") + body.count(b"[") > MAX_DEPTH:
             walk(value, lambda _: None)
         if b"\\u" in body:
@@ -73,7 +78,7 @@ def _invalid(reason: str) -> ModelManagerError:
 
 def walk(value: Any, check: Callable[[Any], None], depth: int = 1) -> None:
     """Call `check` on every scalar and key below `value`; ValueError when it is deeper than `MAX_DEPTH`."""
-    if isinstance(value, dict | list):
+    if isinstance(value, dict | list | tuple):
         if depth > MAX_DEPTH:
             raise ValueError(f"deeper than {MAX_DEPTH} levels")
         if isinstance(value, dict):
@@ -88,6 +93,23 @@ def walk(value: Any, check: Callable[[Any], None], depth: int = 1) -> None:
 def dump(value: Any) -> bytes:
     """Compact JSON for the wire."""
     return orjson.dumps(value)
+
+
+def dump_given(value: Any) -> bytes:
+    """The same for a value that was not checked; ValueError or TypeError for what would not arrive as it is.
+
+    Integers beyond 2^53, lone surrogates, what JSON has not; and NaN and Infinity, which orjson writes as null: in a
+    merge patch that removes a member.
+    """
+    body = orjson.dumps(value, option=orjson.OPT_STRICT_INTEGER | orjson.OPT_PASSTHROUGH_DATACLASS)
+    if b"null" in body:
+        walk(value, _no_false_null)
+    return body
+
+
+def _no_false_null(value: Any) -> None:
+    if value is not None and orjson.dumps(value) == b"null":
+        raise ValueError(f"{value} is not JSON")
 
 
 def canonical(value: Any) -> bytes:

@@ -2,7 +2,8 @@
 
 Layers, lowest to highest: built-in, `config/common.json` (or the file `MODEL_MANAGER_CONFIG` names),
 `config/racks/<rack>.json` beside it, environment `MODEL_MANAGER_*` (upper snake case, nested with `__`), flags. Keys
-are camelCase. Whatever is wrong is told with its key and the layer it came from.
+are camelCase. Of a secret and its `...File` twin the one in the higher layer holds. Whatever is wrong is told with its
+key and the layer it came from.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -23,6 +24,7 @@ from schemas.errors import ModelManagerError
 from schemas.ids import ModelType, Rack
 from schemas.wire import parse_object
 from worker.broker_url import is_address, unusable_tls, with_tls
+from worker.http_address import flaw_for_s3, flaw_of
 
 _UNITS = (
     {"": 1, "B": 1}
@@ -33,6 +35,8 @@ _ENV_PREFIX = "MODEL_MANAGER_"
 _ENV_OF_OTHERS = frozenset(
     {"MODEL_MANAGER_CONFIG", "MODEL_MANAGER_URL", "MODEL_MANAGER_TOKEN_FILE", "MODEL_MANAGER_REVISION"}
 )
+# A value, and the file that has it.
+_TWINS = {"amqp.url": "amqp.urlFile", "amqp.urlFile": "amqp.url"}
 
 
 class SettingsError(Exception):
@@ -184,9 +188,9 @@ class Loaded:
     def amqp_url(self) -> str:
         """The broker's address, with the files of TLS as its parameters; a file is read anew each time.
 
-        A flag wins over the file. Raises SettingsError when the file cannot be read.
+        Raises SettingsError when the file cannot be read.
         """
-        return with_tls(_plain_amqp_url(self.settings.amqp, self.origins), **self.settings.amqp.tls)
+        return with_tls(_plain_amqp_url(self.settings.amqp), **self.settings.amqp.tls)
 
     @property
     def amqp_files(self) -> tuple[Path, ...]:
@@ -195,14 +199,8 @@ class Loaded:
         return tuple(path for path in (amqp.url_file, *amqp.tls.values()) if path is not None)
 
 
-def _plain_amqp_url(amqp: AmqpSettings, origins: Mapping[str, str]) -> str:
-    file = _url_file(amqp, origins)
-    return amqp.url.get_secret_value() if file is None else read_secret(file, "amqp.urlFile")
-
-
-def _url_file(amqp: AmqpSettings, origins: Mapping[str, str]) -> Path | None:
-    """The file that has the broker's address, unless a flag has it."""
-    return None if origins.get("amqp.url") == "flag" else amqp.url_file
+def _plain_amqp_url(amqp: AmqpSettings) -> str:
+    return amqp.url.get_secret_value() if amqp.url_file is None else read_secret(amqp.url_file, "amqp.urlFile")
 
 
 @dataclass(slots=True)
@@ -214,9 +212,19 @@ class _Layers:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def put(self, path: str, value: Any, origin: str) -> None:
-        self.values[path] = value
-        self.origins[path] = origin
+    def add(self, layer: Iterable[tuple[str, Any, str]]) -> None:
+        """Put a layer, key paths with value and origin, upon the others; of a secret and its file one holds.
+
+        That of the higher layer, or the file within one.
+        """
+        entries = list(layer)
+        for path, value, _ in entries:
+            if value is not None and (twin := _TWINS.get(path)) is not None:
+                self.values.pop(twin, None)
+                self.origins.pop(twin, None)
+        for path, value, origin in entries:
+            self.values[path] = value
+            self.origins[path] = origin
 
     def nested(self) -> dict[str, Any]:
         tree: dict[str, Any] = {}
@@ -262,8 +270,7 @@ def load_settings(
     if isinstance(rack, str) and re.fullmatch(r"[a-z0-9-]+", rack):
         _add_file(layers, common.parent / "racks" / f"{rack}.json", required=False)
     _add_environment(layers, environment, keys)
-    for path, value in overrides.items():
-        layers.put(path, value, "flag")
+    layers.add((path, value, "flag") for path, value in overrides.items())
     for path in [path for path in layers.values if path not in keys]:
         layers.problems.append(f"{path} ({layers.origins[path]}): no such setting")
         del layers.values[path]
@@ -288,8 +295,7 @@ def _add_file(layers: _Layers, path: Path, *, required: bool) -> None:
     except ModelManagerError as error:
         layers.problems.append(f"{path}: {error.message}")
         return
-    for key, value in _flatten(tree, Settings):
-        layers.put(key, value, str(path))
+    layers.add((key, value, str(path)) for key, value in _flatten(tree, Settings))
 
 
 def _flatten(tree: dict[str, Any], section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -308,6 +314,7 @@ def _flatten(tree: dict[str, Any], section: type[BaseModel], prefix: str = "") -
 
 def _add_environment(layers: _Layers, environment: Mapping[str, str], keys: Mapping[str, TypeAdapter[Any]]) -> None:
     by_name = {environment_name(path): path for path in keys}
+    layer = []
     for name, text in environment.items():
         if not name.startswith(_ENV_PREFIX) or name in _ENV_OF_OTHERS:
             continue
@@ -315,7 +322,8 @@ def _add_environment(layers: _Layers, environment: Mapping[str, str], keys: Mapp
         if path is None:
             layers.warnings.append(f"{name} is not a setting; it is ignored")
         else:
-            layers.put(path, _from_text(text, keys[path]), f"environment {name}")
+            layer.append((path, _from_text(text, keys[path]), f"environment {name}"))
+    layers.add(layer)
 
 
 def _from_text(text: str, adapter: TypeAdapter[Any]) -> Any:
@@ -340,7 +348,7 @@ def _validate(layers: _Layers) -> Settings | None:
             origin = _origin(layers, path)
             layers.problems.append(f"{path} ({origin}): {problem['msg'].removeprefix('Value error, ')}")
         return None
-    unusable = [*_unusable(settings), *_unusable_broker(settings.amqp, layers.origins)]
+    unusable = [*_unusable(settings), *_unusable_broker(settings.amqp)]
     layers.problems += [f"{path} ({_origin(layers, path)}): {why}" for path, why in unusable]
     return settings
 
@@ -362,6 +370,14 @@ def _unusable(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "http.host", "an address other than loopback needs http.tokenFile"
     if settings.storage.backend == "s3" and not settings.storage.s3.bucket:
         yield "storage.s3.bucket", "the s3 backend needs a bucket"
+    s3 = settings.storage.s3
+    for key, url, flaw in (
+        ("http.publicUrl", settings.http.public_url, flaw_of),
+        ("storage.s3.endpointUrl", s3.endpoint_url, flaw_for_s3),
+        ("storage.s3.publicEndpointUrl", s3.public_endpoint_url, flaw_for_s3),
+    ):
+        if url is not None and (why := flaw(url)) is not None:
+            yield key, why
     if settings.rack in settings.replication.peers:
         yield "replication.peers", "must not name this rack itself"
     if settings.max_inline_size > 1_400_000:
@@ -373,14 +389,14 @@ def _unusable(settings: Settings) -> Iterator[tuple[str, str]]:
             yield "http.tokenFile", error.problems[0]
 
 
-def _unusable_broker(amqp: AmqpSettings, origins: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _unusable_broker(amqp: AmqpSettings) -> Iterator[tuple[str, str]]:
     try:
-        url = _plain_amqp_url(amqp, origins)
+        url = _plain_amqp_url(amqp)
     except SettingsError as error:
         yield "amqp.urlFile", error.problems[0]
         return
     if not is_address(url):
-        key = "amqp.url" if _url_file(amqp, origins) is None else "amqp.urlFile"
+        key = "amqp.url" if amqp.url_file is None else "amqp.urlFile"
         yield key, "is not an AMQP URL: amqp://USER:PASSWORD@HOST/VHOST, each part quoted"
         return
     problem = unusable_tls(url, **amqp.tls)

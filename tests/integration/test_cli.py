@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,8 @@ def test_probe_tells_whether_the_worker_lives_and_is_ready(http_service: Service
     address = http_service.address["MODEL_MANAGER_URL"]
     assert run("probe", "--url", address, folder=tmp_path).status == 0
     assert run("probe", "--ready", "--url", address, folder=tmp_path).status == 0
+    away = {"http_proxy": "http://127.0.0.1:1", "HTTP_PROXY": "http://127.0.0.1:1"}
+    assert run("probe", "--url", address, folder=tmp_path, **away).status == 0
     nobody = run("probe", "--url", "http://127.0.0.1:1", folder=tmp_path)
     assert (nobody.status, "Nobody answers" in nobody.err) == (7, True)
 
@@ -414,6 +417,40 @@ def test_a_journal_without_anything_that_checks_is_beyond_repair(tmp_path: Path)
 # --- without a worker ---
 
 
+@pytest.mark.parametrize(
+    ("host", "listens"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.2", "127.0.0.2")]
+)
+def test_probe_asks_where_the_worker_listens(tmp_path: Path, host: str, listens: str) -> None:
+    (tmp_path / "token").touch(mode=0o600)
+    (tmp_path / "token").write_text("t")
+    with socket.create_server((listens, 0)) as listener, ThreadPoolExecutor(1) as beside:
+        answered = beside.submit(answer_once, listener, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nup")
+        named = {"HTTP__HOST": host, "HTTP__PORT": str(listener.getsockname()[1]), "HTTP__TOKEN_FILE": "token"}
+        ran = run("probe", folder=tmp_path, **{f"MODEL_MANAGER_{name}": value for name, value in named.items()})
+        assert (ran.status, ran.out) == (0, "up\n"), ran.err
+        assert answered.result().startswith(b"GET /livez ")
+
+
+def test_probe_tells_what_is_no_address_and_what_is_no_worker(tmp_path: Path) -> None:
+    for address in ("foo", "http://127.0.0.1:99999"):
+        ran = run("probe", "--url", address, folder=tmp_path)
+        assert (ran.status, "The address " in ran.err) == (2, True)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as beside:
+        beside.submit(answer_once, listener, b"220 mail\r\n")
+        ran = run("probe", "--url", f"http://127.0.0.1:{listener.getsockname()[1]}", folder=tmp_path)
+    assert (ran.status, "Traceback" in ran.err) == (7, False)
+
+
+def answer_once(listener: socket.socket, answer: bytes) -> bytes:
+    """Take one connection, and the beginning of what it says."""
+    listener.settimeout(PATIENCE_S)
+    connection, _ = listener.accept()
+    with connection:
+        asked = connection.recv(65_536)
+        connection.sendall(answer)
+    return asked
+
+
 def test_a_folder_without_a_journal_is_told(tmp_path: Path) -> None:
     (tmp_path / "data/registry").mkdir(parents=True)
     for words in (["verify"], ["stats"], ["backup", "copy"], ["repair"]):
@@ -469,6 +506,20 @@ def test_config_show_tells_values_and_origins_and_no_secret(tmp_path: Path) -> N
     assert run("config", "check", folder=tmp_path).status == 0
 
 
+def test_config_show_tells_the_brokers_address_that_is_in_force(tmp_path: Path) -> None:
+    file = tmp_path / "amqp-url"
+    file.touch(mode=0o600)
+    file.write_text("amqp://me:s3cret@broker/")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/common.json").write_text(json.dumps({"amqp": {"urlFile": str(file)}}))
+    shown = run("config", "show", "-o", "json", folder=tmp_path).document
+    assert shown["amqp.url"] == {"value": "amqp://me:********@broker/", "origin": "amqp.urlFile"}
+    named = {"MODEL_MANAGER_AMQP__URL": "amqp://me:s3cret@other/"}
+    shown = run("config", "show", "-o", "json", folder=tmp_path, **named).document
+    assert shown["amqp.url"]["value"] == "amqp://me:********@other/"
+    assert shown["amqp.urlFile"] == {"value": None, "origin": "built-in"}
+
+
 def test_the_schema_of_the_settings_is_json_schema(tmp_path: Path) -> None:
     assert "maxModelSize" in run("config", "schema", folder=tmp_path).document["properties"]
 
@@ -502,6 +553,57 @@ def test_an_interrupt_ends_a_command_with_status_130(tmp_path: Path) -> None:
             _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert err == b"interrupted\n"
+
+
+@pytest.mark.parametrize("words", [["rm", "kept"], ["push", __file__, "kept", "--type", "custom"]])
+def test_one_interrupt_ends_a_question_with_status_130(http_service: Service, words: list[str]) -> None:
+    http_service.run("push", __file__, "kept:1.0.0", "--type", "custom")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker", *words],
+        cwd=http_service.folder,
+        env=environment(**http_service.address),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stderr is not None
+        asked = b""
+        while not asked.endswith(b"]:"):
+            more = os.read(process.stderr.fileno(), 1000)
+            assert more, asked
+            asked += more
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == b"interrupted"
+    assert http_service.json("show", "kept")["version"] == "1.0.0"
+
+
+def test_with_json_settings_that_cannot_be_used_are_told_in_the_envelope(tmp_path: Path) -> None:
+    for words, named in (
+        (["ls", "--rack", "rack-1"], {"MODEL_MANAGER_HTTP__PORT": "x"}),
+        (["doctor"], {"MODEL_MANAGER_STORAGE__S3__ENDPOINT_URL": "minio:9000"}),
+        (["ls", "--url", "http://127.0.0.1:1", "--token-file", "nowhere"], {}),
+    ):
+        ran = run(*words, "-o", "json", folder=tmp_path, **named)
+        assert (ran.status, ran.out) == (8, "")
+        error = json.loads(ran.err)["error"]
+        assert error["code"] == "ERR_INVALID_REQUEST"
+        assert error["details"]["problems"]
+
+
+def test_a_pull_to_a_name_that_is_no_text_succeeds(http_service: Service) -> None:
+    http_service.run("push", __file__, "named:1.0.0", "--type", "custom")
+    for name, more in ((b"caf\xe9", ["-o", "json"]), (b"th\xe9", [])):
+        ran = http_service.run("pull", "named", os.fsdecode(name), *more)
+        assert ran.status == 0, ran.err
+        assert (http_service.folder / os.fsdecode(name)).read_bytes() == Path(__file__).read_bytes()
 
 
 @pytest.mark.broker

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import hashlib
 import os
+import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -216,6 +220,71 @@ async def test_a_file_called_partial_is_not_taken_for_anothers_beginning(tmp_pat
     async with transfer_peer(tmp_path / "rack") as peer, client_of(peer) as client:
         await client.pull("m", None, tmp_path / "here")
         assert read(tmp_path / "here") == read(tmp_path / "rack")
+
+
+@contextlib.contextmanager
+def another_pull(partial: Path) -> Iterator[None]:
+    """Another process that is writing there."""
+    with partial.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+async def test_a_pull_does_not_write_where_another_one_is_writing(tmp_path: Path) -> None:
+    contents = a_model(tmp_path / "rack", 3_000_000)
+    partial = tmp_path / "here.bin.partial"
+    async with transfer_peer(tmp_path / "rack") as peer, client_of(peer) as client:
+        with another_pull(partial):
+            partial.write_bytes(contents["file-0.bin"][:1_000_000])
+            with pytest.raises(ModelManagerError, match="Another pull is writing") as caught:
+                await client.pull("m", None, tmp_path / "here.bin", force=True)
+            assert caught.value.code == "ERR_CONFLICT"
+            assert partial.stat().st_size == 1_000_000
+        assert peer.seen["get"] == 0
+        await client.pull("m", None, tmp_path / "here.bin")
+        assert (tmp_path / "here.bin").read_bytes() == contents["file-0.bin"]
+
+
+async def test_a_file_that_another_pull_has_just_published_is_not_written_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = a_model(tmp_path / "rack", 3_000_000)
+    here, partial, others = tmp_path / "here.bin", tmp_path / "here.bin.partial", b"another version"
+    partial.write_bytes(others)
+    lock = fcntl.flock
+
+    def once_published(descriptor: int, operation: int) -> None:
+        if partial.stat().st_size:
+            partial.rename(tmp_path / "published")
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", once_published)
+    async with transfer_peer(tmp_path / "rack") as peer, client_of(peer) as client:
+        await client.pull("m", None, here)
+    assert here.read_bytes() == contents["file-0.bin"]
+    assert (tmp_path / "published").read_bytes() == others
+
+
+async def test_a_pull_that_is_cancelled_does_not_stand_in_the_way_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = a_model(tmp_path / "rack", 3_000_000)
+    locking, lock = asyncio.Event(), fcntl.flock
+    loop = asyncio.get_running_loop()
+
+    def slowly(descriptor: int, operation: int) -> None:
+        loop.call_soon_threadsafe(locking.set)
+        time.sleep(0.1)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slowly)
+    async with transfer_peer(tmp_path / "rack") as peer, client_of(peer) as client:
+        first = asyncio.create_task(client.pull("m", None, tmp_path / "here.bin"))
+        await locking.wait()
+        first.cancel()
+        await asyncio.wait([first])
+        await client.pull("m", None, tmp_path / "here.bin")
+    assert (tmp_path / "here.bin").read_bytes() == contents["file-0.bin"]
 
 
 async def test_one_file_goes_to_the_named_file_or_into_the_named_folder(tmp_path: Path) -> None:

@@ -133,13 +133,14 @@ async def test_a_file_of_an_upload_is_put_to_its_signed_address(http: HttpRack) 
     assert (await http.send("PUT", signed(http, "PUT", path), data=b"right")).status == 200
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:8002", "127.0.0.1", "LOCALHOST", "[::1]:8002", "10.1.2.3"])
+@pytest.mark.parametrize("host", ["localhost", "localhost:8002", "127.0.0.1", "LOCALHOST", "[::1]:8002", "127.1.2.3"])
 async def test_without_a_token_local_names_and_addresses_are_answered(local: HttpRack, host: str) -> None:
     assert (await local.send("GET", "/api/models", headers={"Host": host})).status == 200
 
 
-async def test_without_a_token_a_name_that_was_pointed_here_is_not_answered(local: HttpRack) -> None:
-    answer = await local.send("GET", "/api/models", headers={"Host": "evil.example"})
+@pytest.mark.parametrize("host", ["evil.example", "0.0.0.0:8002", "[::]", "10.1.2.3", "127.0.0.1.evil.example"])
+async def test_without_a_token_a_name_that_was_pointed_here_is_not_answered(local: HttpRack, host: str) -> None:
+    answer = await local.send("GET", "/api/models", headers={"Host": host})
     assert (answer.status, answer.code) == (403, "ERR_FORBIDDEN")
     assert (await local.send("GET", "/metrics", headers={"Host": "worker.example"})).status == 200
 
@@ -150,3 +151,15 @@ async def test_without_a_token_the_page_of_another_site_changes_nothing(local: H
         answer = await local.send("POST", "/api/models/m/restore", headers=headers)
         assert (answer.status, answer.code) == (403, "ERR_FORBIDDEN")
     assert (await local.send("POST", "/api/models/search", headers={"Sec-Fetch-Site": "same-origin"})).status == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "", "http://localhost:3000", "http://evil.example/localhost:8002"]
+)
+async def test_without_a_token_the_page_of_another_origin_changes_nothing(local: HttpRack, origin: str) -> None:
+    headers = {"Host": "localhost:8002", "Origin": origin}
+    answer = await local.send("POST", "/api/models/search", headers=headers)
+    assert (answer.status, answer.code) == (403, "ERR_FORBIDDEN")
+    assert (await local.send("GET", "/api/models", headers=headers)).status == 200
+    own = {"Host": "localhost:8002", "Origin": "http://localhost:8002"}
+    assert (await local.send("POST", "/api/models/search", headers=own)).status == 200

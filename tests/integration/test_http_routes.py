@@ -229,6 +229,43 @@ async def test_a_repeated_idempotency_key_gets_the_same_answer_and_another_reque
     assert (other.status, other.code) == (409, "ERR_CONFLICT")
 
 
+@pytest.mark.parametrize("revision", [{"json": {"expectedRevision": 1}}, {"headers": {"If-Match": '"1"'}}])
+async def test_a_repeated_change_of_metadata_is_answered_as_the_first(
+    http: HttpRack, revision: dict[str, dict[str, str]]
+) -> None:
+    await http.put("m", "1", DATA)
+    body = {"metadata": {"a": 1}, **revision.get("json", {})}
+    headers = {"Idempotency-Key": "one", **revision.get("headers", {})}
+    first, again = [await http.send("PATCH", "/api/models/m/versions/1", json=body, headers=headers) for _ in range(2)]
+    assert (first.status, first.json["revision"]) == (200, 2)
+    assert (again.status, again.json) == (200, first.json)
+    other = {"metadata": {"a": 2}}
+    refused = await http.send("PATCH", "/api/models/m/versions/1", json=other, headers={"Idempotency-Key": "one"})
+    assert (refused.status, refused.code) == (409, "ERR_CONFLICT")
+
+
+@pytest.mark.parametrize("condition", [{}, {"If-Match": '"1"'}])
+async def test_a_repeated_delete_is_answered_as_the_first_and_deletes_nothing_more(
+    http: HttpRack, condition: dict[str, str]
+) -> None:
+    await http.put("m", "1", DATA)
+    path, headers = "/api/models/m/versions/1", {"Idempotency-Key": "one", **condition}
+    first, again = [await http.send("DELETE", path, headers=headers) for _ in range(2)]
+    assert (first.status, first.json["versions"]) == (200, ["1"])
+    assert (again.status, again.json) == (200, first.json)
+    await http.send("POST", f"{path}/restore")
+    assert (await http.send("DELETE", path, headers=headers)).json == first.json
+    assert (await http.send("GET", path)).status == 200
+
+
+async def test_a_repeated_removal_of_an_alias_is_answered_as_the_first(http: HttpRack) -> None:
+    await http.put("m", "1", DATA)
+    await http.send("PUT", "/api/models/m/aliases/prod", json={"version": "1"})
+    headers = {"Idempotency-Key": "one"}
+    first, again = [await http.send("DELETE", "/api/models/m/aliases/prod", headers=headers) for _ in range(2)]
+    assert (first.status, again.status, again.json) == (200, 200, first.json)
+
+
 @pytest.mark.parametrize("key", ["", "x" * 256, "é", "a\tb"])
 async def test_a_malformed_idempotency_key_is_400(http: HttpRack, key: str) -> None:
     answer = await http.send("POST", "/api/models", json=store(), headers={"Idempotency-Key": key})
@@ -315,7 +352,8 @@ async def test_an_unknown_path_is_404_with_the_envelope(http: HttpRack, path: st
 
 async def test_a_wrong_verb_is_405_and_no_header_can_change_the_verb(http: HttpRack) -> None:
     for verb in ("POST", "OPTIONS", "TRACE", "PROPFIND"):
-        headers = {"X-HTTP-Method-Override": "DELETE", "Origin": "http://x", "Access-Control-Request-Method": "GET"}
+        origin = "http://x" if verb in ("OPTIONS", "TRACE") else http.url
+        headers = {"X-HTTP-Method-Override": "DELETE", "Origin": origin, "Access-Control-Request-Method": "GET"}
         answer = await http.send(verb, "/api/models/m", headers=headers)
         assert (answer.status, answer.code) == (405, "ERR_UNKNOWN_METHOD")
         assert answer.headers["Allow"] == "DELETE, GET, HEAD"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,14 @@ def test_an_assignment_is_json_or_else_text() -> None:
         "quoted": "1",
         "empty": "",
     }
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", '{"a": [NaN]}', '{"a": 1, "a": 2}', "9" * 5000])
+def test_what_may_be_meant_as_json_and_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ModelManagerError, match="loss: ") as caught:
+        assignments([f"loss={text}"])
+    assert caught.value.code == "ERR_INVALID_REQUEST"
+    assert assignments(['loss="NaN"', "title=Infinity War"]) == {"loss": "NaN", "title": "Infinity War"}
 
 
 @pytest.mark.parametrize("word", ["novalue", "=1"])
@@ -125,6 +135,14 @@ def test_text_from_others_cannot_steer_the_terminal() -> None:
     for text in (json_text({"d": evil}), json_line({"d": evil})):
         assert not set("\x1b\x07\x9b\u202e\r") & set(text)
     assert plain("Zürich 日本 💾") == "Zürich 日本 💾"
+
+
+def test_the_name_of_a_file_that_is_no_text_can_be_printed() -> None:
+    name = os.fsdecode(b"caf\xe9/\xff")
+    assert plain(name) == r"caf\udce9/\udcff"
+    for text in (json_text({"d": name}), json_line({"d": name})):
+        assert text.encode("ascii")
+        assert os.fsencode(json.loads(text)["d"]) == b"caf\xe9/\xff"
 
 
 @pytest.mark.parametrize(

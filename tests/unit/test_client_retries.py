@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import re
 import time
 from typing import Any
 
@@ -12,6 +14,7 @@ from schemas.errors import ModelManagerError
 from schemas.rpc import METHODS
 from worker.client.caller import Unreachable, until_answered
 from worker.client.client import ModelManagerClient
+from worker.client.http_caller import HttpCaller
 
 RENAMED = {("listModels", "type"): "model_type"}
 
@@ -73,6 +76,31 @@ async def test_a_pause_that_would_pass_the_deadline_is_not_taken() -> None:
     with pytest.raises(ModelManagerError, match="ERR_OVERLOADED"):
         await until_answered("ping", attempts, timeout_s=1, key=None)
     assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("cut_after", [b"", b"HTTP/1.1 201 Created\r\nContent-Length: 99\r\n\r\n{"])
+async def test_a_first_call_whose_connection_is_cut_is_tried_again_with_the_same_key(cut_after: bytes) -> None:
+    keys: list[bytes] = []
+
+    async def cut_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        keys.append(re.findall(rb"Idempotency-Key: (\S+)", head)[0])
+        answer = b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"success":true}'
+        writer.write(cut_after if len(keys) == 1 else answer)
+        writer.close()
+
+    async with await asyncio.start_server(cut_once, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with ModelManagerClient(HttpCaller(url), timeout_s=10) as client:
+            assert (await client.restore_model("m"))["success"] is True
+    assert len(keys) == 2
+    assert keys[0] == keys[1]
+
+
+async def test_where_nobody_listens_is_told_at_once() -> None:
+    async with ModelManagerClient(HttpCaller("http://127.0.0.1:1"), timeout_s=60) as client:
+        with pytest.raises(Unreachable, match="no worker at that address"):
+            await client.ping()
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)

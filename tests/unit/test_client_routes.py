@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ import pytest
 from schemas.errors import ERRORS, ModelManagerError
 from schemas.routes import ROUTES
 from schemas.rpc import METHODS
-from worker.client.caller import error_of
+from worker.client.amqp_caller import AmqpCaller
+from worker.client.caller import Caller, error_of
+from worker.client.client import ModelManagerClient
 from worker.client.http_caller import HttpCaller, route_for, with_version
 
 
@@ -48,10 +52,30 @@ def test_a_parameter_that_only_a_path_can_carry_must_be_there() -> None:
         route_for("setAlias", {"modelId": "m", "version": "1"})
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8002", "ftp://host/", "http://"])
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:8002", "ftp://host/", "http://", "http://h:99999", "http://[::1", "http://h\n"]
+)
 def test_an_address_that_is_not_http_is_refused(url: str) -> None:
-    with pytest.raises(ModelManagerError, match="http://"):
+    with pytest.raises(ModelManagerError, match="The address "):
         HttpCaller(url)
+
+
+@pytest.mark.parametrize("caller", [HttpCaller("http://127.0.0.1:1"), AmqpCaller("amqp://127.0.0.1:1", "rack-1")])
+async def test_what_would_not_arrive_as_it_is_is_refused_before_anything_is_sent(
+    caller: Caller, tmp_path: Path
+) -> None:
+    async with ModelManagerClient(caller, timeout_s=1) as client:
+        for value in (math.nan, math.inf, 10**26, "\ud800", {1}):
+            with pytest.raises(ModelManagerError) as caught:
+                await client.update_model_metadata("m", {"loss": value, "gone": None})
+            assert caught.value.code == "ERR_INVALID_METADATA"
+            with pytest.raises(ModelManagerError) as caught:
+                await client.search_models({"loss": value})
+            assert caught.value.code == "ERR_INVALID_REQUEST"
+        with pytest.raises(ModelManagerError, match="ERR_INVALID_REQUEST"):
+            await client.get_model_metadata("\ud800")
+        with pytest.raises(ModelManagerError, match="ERR_INVALID_METADATA"):
+            await client.push(tmp_path / "not looked at", "m", "1", metadata={"loss": math.nan})
 
 
 @pytest.mark.parametrize("code", sorted(ERRORS))

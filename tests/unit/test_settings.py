@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.utils import is_valid_endpoint_url, is_valid_ipv6_endpoint_url
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -212,6 +213,41 @@ def test_a_folder_in_place_of_a_file_is_told(folder: Folder) -> None:
     assert "cannot be read" in folder.problems()[0]
 
 
+# --- addresses ---
+
+ADDRESSES = ("http.publicUrl", "storage.s3.endpointUrl", "storage.s3.publicEndpointUrl")
+
+
+@pytest.mark.parametrize("key", ADDRESSES)
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "minio:9000",
+        "minio",
+        "ftp://minio/",
+        "http://",
+        "http://:9000",
+        "http://h:99999",
+        "http://[::1",
+        "http://h\n",
+    ],
+)
+def test_what_is_no_address_of_a_service_stops_the_boot(folder: Folder, key: str, address: str) -> None:
+    problem, *others = folder.problems({key: address})
+    assert problem.startswith(f"{key} (flag): ")
+    assert others == []
+
+
+@pytest.mark.parametrize("address", ["http://a_b:9000", "http://-a", "http://a..b", "http://a.", "http://[::1]:9000/"])
+def test_an_object_store_is_where_its_client_finds_it_or_stops_the_boot(folder: Folder, address: str) -> None:
+    if is_valid_endpoint_url(address) or is_valid_ipv6_endpoint_url(address):
+        assert folder.load({"storage.s3.endpointUrl": address})
+    else:
+        assert "no DNS name" in folder.problems({"storage.s3.endpointUrl": address})[0]
+    assert folder.load({"http.publicUrl": "https://worker_1:8002/models"})
+
+
 # --- secrets ---
 
 
@@ -220,13 +256,31 @@ def test_a_secret_comes_from_its_file_without_the_line_end(folder: Folder) -> No
     assert folder.load({"amqp.urlFile": str(folder.secret("amqp://broker/\n"))}).amqp_url == "amqp://broker/"
 
 
-def test_a_broker_that_is_named_by_a_flag_is_the_one_and_not_that_of_the_file(folder: Folder) -> None:
-    file = folder.secret("amqp://file.example/")
-    assert (
-        folder.load({"amqp.urlFile": str(file)}, AMQP__URL="amqp://other.example/").amqp_url == "amqp://file.example/"
-    )
-    flags = {"amqp.urlFile": str(file), "amqp.url": "amqp://flag.example/"}
-    assert folder.load(flags).amqp_url == "amqp://flag.example/"
+def test_of_the_brokers_address_and_its_file_the_one_in_the_higher_layer_holds(folder: Folder) -> None:
+    file = str(folder.secret("amqp://file.example/"))
+    folder.write({"amqp": {"urlFile": file}})
+    assert folder.load().amqp_url == "amqp://file.example/"
+    for higher in (
+        folder.load(AMQP__URL="amqp://other.example/"),
+        folder.load({"amqp.url": "amqp://other.example/"}),
+        folder.load({"amqp.url": "amqp://other.example/"}, AMQP__URL_FILE=file),
+    ):
+        assert higher.amqp_url == "amqp://other.example/"
+        assert higher.amqp_files == ()
+        assert "amqp.urlFile" not in higher.origins
+    folder.write({"amqp": {"url": "amqp://other.example/"}})
+    for higher in (folder.load(AMQP__URL_FILE=file), folder.load({"amqp.urlFile": file})):
+        assert higher.amqp_url == "amqp://file.example/"
+    assert folder.load({"amqp.urlFile": file}, AMQP__URL="amqp://other.example/").amqp_url == "amqp://file.example/"
+
+
+def test_within_one_layer_the_file_of_the_brokers_address_holds(folder: Folder) -> None:
+    file = str(folder.secret("amqp://file.example/"))
+    folder.write({"amqp": {"urlFile": file, "url": "amqp://other.example/"}})
+    assert folder.load().amqp_url == "amqp://file.example/"
+    assert folder.load(AMQP__URL="amqp://other.example/", AMQP__URL_FILE=file).amqp_url == "amqp://file.example/"
+    folder.write({"amqp": {"urlFile": None}}, rack="rack-1")
+    assert folder.load().amqp_url == "amqp://other.example/", "null says that there is no file, and nothing else"
 
 
 @pytest.mark.parametrize("address", ["broker", "http://broker/", "amqp:///vhost", "amqp://user:cut/short@broker/"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -43,6 +44,25 @@ def test_any_bytes_are_an_object_or_a_coded_error(body: bytes) -> None:
         assert isinstance(wire.parse_object(body), dict)
     except ModelManagerError as error:
         assert error.code == "ERR_INVALID_REQUEST"
+
+
+@given(st.dictionaries(TEXTS, VALUES, max_size=5))
+def test_what_a_caller_gives_arrives_as_it_is_or_is_refused(value: dict[str, Any]) -> None:
+    try:
+        body = wire.dump_given(value)
+    except TypeError as error:
+        assert "53-bit" in str(error)
+    else:
+        assert wire.parse_object(body) == value
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, 2**53, -(2**53), 10**30, "\ud800", {1: 1}, {"\ud800": 1}, {1}, b"x"]
+)
+def test_what_would_not_arrive_as_it_is_is_not_written(value: Any) -> None:
+    for given_value in (value, {"a": None, "b": [1, value]}, {"a": ({"b": value},)}):
+        with pytest.raises((TypeError, ValueError)):
+            wire.dump_given({"x": given_value})
 
 
 @pytest.mark.parametrize(

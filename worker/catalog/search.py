@@ -28,6 +28,7 @@ from worker.catalog.sorting import MODEL_ID, make_order, sort_key, start_key
 from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW
 
 TIME_LIMIT_S = 0.25
+PAGE_BYTES = 2_000_000  # half of what a reply over RabbitMQ may have
 _FEW = 500  # candidates that are sorted at once rather than looked for along the order
 _READ_AT_ONCE = 64  # records between two turns of the event loop, well under a millisecond
 _SETTLED_AT_ONCE = 200
@@ -136,12 +137,13 @@ def _milliseconds(moment: str | None) -> int | None:
 
 
 async def page(catalog: Catalog, query: Query, *, look: Look, limit: int, cursor: str | None) -> ListReply:
-    """One page. It may end early, with `nextCursor`, when it took `TIME_LIMIT_S`; only an order that is made, on a
-    thread, is waited for.
+    """One page. It may end early, with `nextCursor`, when it took `TIME_LIMIT_S` or reached `PAGE_BYTES` of JSON; only an
+    order that is made, on a thread, is waited for.
     """
     last = start_key(query.sort) if cursor is None else _decode(cursor, query)
     deadline = time.monotonic() + TIME_LIMIT_S
     models: list[ListedVersion] = []
+    size = 0
     async for rows in _candidates(catalog, query, last):
         for row in rows:
             entry = await look(partial(_entry, catalog, row))
@@ -149,7 +151,10 @@ async def page(catalog: Catalog, query: Query, *, look: Look, limit: int, cursor
                 if len(models) == limit:
                     return _reply(models, query, last)
                 models.append(entry.listed(catalog.aliases_of(entry)))
+                size += len(orjson.dumps(models[-1]))
             last = sort_key(catalog.table, row, query.sort)
+            if size >= PAGE_BYTES:
+                return _reply(models, query, last)
         if time.monotonic() > deadline:
             return _reply(models, query, last)
         await asyncio.sleep(0)

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from schemas.errors import EXIT_CONFIG_INVALID, EXIT_INTERRUPTED, ModelManagerError
 from worker.cli import dead, journal, models, operate, recovery, services, topology
-from worker.cli.output import Output, plain
+from worker.cli.output import Output
 
 
 class _CommandLine(TyperGroup):
@@ -37,8 +37,7 @@ class _CommandLine(TyperGroup):
             problems = _settings_problems(error)
             if problems is None:
                 raise
-            for problem in problems:
-                typer.echo(plain(f"error: configuration: {problem}"), err=True)
+            _output(ctx).unusable(problems)
             raise typer.Exit(EXIT_CONFIG_INVALID) from error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ModelManagerError
+from schemas.wire import parse_value
 
 # By the ending of a file's name; of several files the largest that has one decides.
 _TYPES = {
@@ -53,17 +54,35 @@ def reference_of(text: str) -> tuple[str, str | None]:
 
 
 def assignments(words: Sequence[str]) -> dict[str, Any]:
-    """`key=json` words as an object. What is not JSON is text: `note=hello` needs no quotes."""
+    """`key=json` words as an object. What is not JSON is text: `note=hello` needs no quotes.
+
+    ERR_INVALID_REQUEST for what only some take for JSON, such as NaN: whether a number was meant is not to be guessed.
+    """
     values: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not key or not equals:
             raise ModelManagerError("ERR_INVALID_REQUEST", f"{word!r} is not KEY=JSON.")
         try:
-            values[key] = json.loads(text)
-        except ValueError:
+            values[key] = parse_value(text)
+        except (ValueError, RecursionError) as error:
+            if _may_be_json(text):
+                raise ModelManagerError(
+                    "ERR_INVALID_REQUEST", f"{key}: {error}.", hint=f"if it is text, put it in quotes: {key}='\"...\"'"
+                ) from None
             values[key] = text
     return values
+
+
+def _may_be_json(text: str) -> bool:
+    """Whether a decoder that is less strict takes it."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError):
+        return True
+    return True
 
 
 def json_value(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from schemas.errors import ModelManagerError
+from worker.cli.asking import ask
 from worker.cli.loading import Form, Rack, RegistryPath, loaded_settings, started
 from worker.cli.output import Format, Output, pairs, plain, size_text
 
@@ -185,15 +186,11 @@ def repair_journal(
 
 
 def _confirm(out: Output, report: RepairReport, *, yes: bool) -> None:
-    if yes:
-        return
+    if not yes and sys.stdin.isatty():
+        for line in _repair_lines(report):
+            out.remark(line)
     what = f"This gives up {_lost_text(report)}, and the worker then removes the bytes of models that only those name."
-    if not sys.stdin.isatty():
-        raise ModelManagerError("ERR_INVALID_REQUEST", what, hint="say --yes")
-    for line in _repair_lines(report):
-        out.remark(line)
-    if not typer.confirm(f"{what} Go on?", err=True):
-        raise ModelManagerError("ERR_INVALID_REQUEST", "Nothing was changed.")
+    ask(f"{what} Go on?", otherwise=what, yes=yes)
 
 
 def _repair_document(report: RepairReport) -> dict[str, Any]:

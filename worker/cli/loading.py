@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from schemas.errors import ModelManagerError
+from worker.cli.asking import ask
 from worker.cli.output import Format, Output
 
 if TYPE_CHECKING:
@@ -53,9 +53,4 @@ def broker_failures() -> Iterator[None]:
 
 def confirm(what: str, yes: bool) -> None:
     """Return if it was said with `--yes`, or is said now; ERR_INVALID_REQUEST otherwise."""
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise ModelManagerError("ERR_INVALID_REQUEST", f"This would {what}.", hint="say --yes")
-    if not typer.confirm(f"{what[0].upper()}{what[1:]}?", err=True):
-        raise ModelManagerError("ERR_INVALID_REQUEST", "Nothing was done.")
+    ask(f"{what[0].upper()}{what[1:]}?", otherwise=f"This would {what}.", yes=yes)

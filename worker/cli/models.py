@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from schemas.errors import ModelManagerError
 from worker.cli.arguments import assignments, criteria_of, guess_type, json_value, reference_of
+from worker.cli.asking import ask
 from worker.cli.connection import Session, client_command
 from worker.cli.output import pairs, plain, short, size_text, table
 from worker.cli.versions import next_version, versions_of
@@ -83,14 +83,14 @@ async def _agreed_version(session: Session, model_id: str, yes: bool) -> str:
     suggested = next_version(versions)
     if not versions or yes:
         session.output.remark(f"version: {suggested}")
-    elif not sys.stdin.isatty():
-        raise ModelManagerError(
-            "ERR_INVALID_REQUEST",
-            f"Which version of {model_id}? The next one is {suggested}.",
-            hint=f"push {model_id}:{suggested}, or say --yes",
-        )
-    elif not typer.confirm(f"Push it as {plain(model_id)}:{suggested}?", default=True, err=True):
-        raise ModelManagerError("ERR_INVALID_REQUEST", "Nothing was pushed.", hint=f"name a version: {model_id}:...")
+        return suggested
+    ask(
+        f"Push it as {plain(model_id)}:{suggested}?",
+        otherwise=f"Which version of {model_id}? The next one is {suggested}.",
+        hint=f"push {model_id}:{suggested}, or say --yes",
+        yes=yes,
+        default=True,
+    )
     return suggested
 
 
@@ -240,11 +240,7 @@ async def rm(
     """Delete a version, or a model with all its versions; `restore` brings it back for a while."""
     model_id, version = reference_of(model)
     what = f"{plain(model_id)}:{version}" if version else f"all versions of {plain(model_id)}"
-    if not yes:
-        if not sys.stdin.isatty():
-            raise ModelManagerError("ERR_INVALID_REQUEST", f"This deletes {what}.", hint="say --yes")
-        if not typer.confirm(f"Delete {what}{' for good' if purge else ''}?", err=True):
-            raise ModelManagerError("ERR_INVALID_REQUEST", "Nothing was deleted.")
+    ask(f"Delete {what}{' for good' if purge else ''}?", otherwise=f"This deletes {what}.", yes=yes)
     reply = await session.client.delete_model(model_id, version, purge=purge)
     until = reply.get("restorableUntil")
     session.output.result(reply, lambda: [plain(f"{model_id}:{gone}") for gone in reply["versions"]])

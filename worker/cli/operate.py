@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -20,11 +21,12 @@ from worker.cli.journal import damaged, journal_report
 from worker.cli.loading import AmqpUrl, Form, Rack, RegistryPath, loaded_settings, started
 from worker.cli.output import Format, table
 from worker.cli.topology import on_broker
+from worker.http_address import flaw_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from worker.settings import Loaded, Settings
+    from worker.settings import HttpSettings, Loaded, Settings
 
 _EXIT_SOME_FAILED = 1
 _MASK = "********"
@@ -49,6 +51,8 @@ def show_config(ctx: typer.Context, rack: Rack = None, output: Form = Format.TAB
     loaded = loaded_settings(out, rack=rack)
     values = dict(_masked(loaded.settings))
     origins = {key: loaded.origins.get(key, "built-in") for key in values}
+    if loaded.settings.amqp.url_file is not None:
+        values["amqp.url"], origins["amqp.url"] = _mask(loaded.amqp_url), "amqp.urlFile"
     document = {key: {"value": value, "origin": origins[key]} for key, value in values.items()}
     rows = ((key, "" if value is None else json_value(value), origins[key]) for key, value in values.items())
     out.result(document, lambda: table(("KEY", "VALUE", "ORIGIN"), rows))
@@ -180,13 +184,23 @@ def probe(
 ) -> None:
     """Ask a worker whether it lives: for the health checks of containers. The exit status is 7 if it does not."""
     out = started(ctx)
-    base = url or f"http://127.0.0.1:{loaded_settings(out).settings.http.port}"
+    base = url or _own_address(loaded_settings(out).settings.http)
+    if (flaw := flaw_of(base)) is not None:
+        raise ModelManagerError("ERR_INVALID_REQUEST", f"The address {flaw}.")
     path = "/readyz" if ready else "/livez"
+    # A proxy of the environment is for what is outside.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"{base.rstrip('/')}{path}", timeout=_PROBE_TIMEOUT_S) as answer:
+        with opener.open(f"{base.rstrip('/')}{path}", timeout=_PROBE_TIMEOUT_S) as answer:
             body = answer.read().decode("utf-8", "replace")
     except urllib.error.HTTPError as error:
         raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", f"{path} says {error.code}.", hint="") from None
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", f"Nobody answers: {error}.", hint="") from None
     out.result({"success": True}, lambda: [body.strip()])
+
+
+def _own_address(http: HttpSettings) -> str:
+    """Where the worker of this machine listens; on all addresses, that is also on loopback."""
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(http.host, http.host)
+    return f"http://[{host}]:{http.port}" if ":" in host else f"http://{host}:{http.port}"

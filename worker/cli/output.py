@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -15,8 +16,9 @@ from schemas.errors import ModelManagerError
 if TYPE_CHECKING:
     from worker.client.progress import Report
 
-# Controls, among them the escape that begins a terminal's commands, and the marks that turn the direction of text.
-_HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# Controls, among them the escape that begins a terminal's commands, the marks that turn the direction of text, and
+# what stands for bytes that are no text, in the name of a file.
+_HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _HARMFUL_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 _HINTS = {
@@ -67,6 +69,14 @@ class Output:
         if hint:
             print(plain(f"hint: {hint}"), file=sys.stderr)
 
+    def unusable(self, problems: Sequence[str]) -> None:
+        """A line for each reason why the settings cannot be used; as JSON the envelope of an error."""
+        if self.form is Format.JSON:
+            self.error(ModelManagerError("ERR_INVALID_REQUEST", "The settings are unusable.", problems=list(problems)))
+            return
+        for problem in problems:
+            print(plain(f"error: configuration: {problem}"), file=sys.stderr)
+
     @contextmanager
     def progress(self) -> Iterator[Report]:
         """Bars on a terminal's stderr, one for each step; elsewhere silence."""
@@ -96,20 +106,22 @@ def plain(value: object) -> str:
 
 
 def json_text(value: Mapping[str, Any]) -> str:
-    """One JSON document, indented. Its strings hold no character that steers a terminal."""
-    import orjson
-
-    return _harmless_json(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+    """One JSON document, indented. Its strings hold no character that steers a terminal, nor what is no text."""
+    return _harmless_json(value, indent=True)
 
 
 def json_line(value: Mapping[str, Any]) -> str:
     """One JSON document on one line, as harmless."""
+    return _harmless_json(value, indent=False)
+
+
+def _harmless_json(value: Mapping[str, Any], *, indent: bool) -> str:
     import orjson
 
-    return _harmless_json(orjson.dumps(value).decode())
-
-
-def _harmless_json(text: str) -> str:
+    try:
+        text = orjson.dumps(value, option=orjson.OPT_INDENT_2 if indent else None).decode()
+    except TypeError:  # it has no escape for the surrogates that stand for bytes in the name of a file
+        text = json.dumps(value, indent=2 if indent else None)
     return _HARMFUL_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

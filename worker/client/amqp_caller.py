@@ -19,9 +19,9 @@ from aio_pika.exceptions import ChannelNotFoundEntity, DeliveryError, PublishErr
 from schemas.errors import ModelManagerError
 from schemas.ids import new_ulid
 from schemas.rpc import METHODS
-from schemas.wire import MAX_BODY_BYTES, dump, parse_object
+from schemas.wire import MAX_BODY_BYTES, parse_object
 from worker.broker_url import login_of
-from worker.client.caller import Unreachable, error_of, no_answer, until_answered
+from worker.client.caller import Unreachable, encoded, error_of, no_answer, until_answered
 from worker.client.connecting import CONNECT_S, close, connect, losses
 
 RPC_EXCHANGE = "model-manager.rpc"
@@ -128,7 +128,7 @@ class AmqpCaller:
         at once when the rack has no queue or the broker was never reached, ERR_UNAUTHORIZED and ERR_FORBIDDEN when the
         broker refuses the login or what it asks for.
         """
-        body = dump(params)
+        body = encoded(params)
         if len(body) > MAX_BODY_BYTES:  # a broker may close the channel, and all calls on it, for a body too large
             raise ModelManagerError(
                 "ERR_INVALID_REQUEST", f"The body is over {MAX_BODY_BYTES} bytes.", maxBodySize=MAX_BODY_BYTES

@@ -12,6 +12,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_bef
 from schemas.errors import ERRORS, ModelManagerError
 from schemas.ids import new_ulid
 from schemas.rpc import METHODS
+from schemas.wire import dump_given
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 3.0
@@ -59,6 +60,19 @@ def error_of(body: Mapping[str, Any]) -> ModelManagerError:
     if known != code:
         rebuilt.details["code"] = code
     return rebuilt
+
+
+def encoded(params: Mapping[str, Any]) -> bytes:
+    """The JSON of a request. What JSON cannot hold is the error that a worker has for it."""
+    try:
+        return dump_given(params)
+    except (TypeError, ValueError) as error:
+        reason = str(error)
+    try:
+        dump_given({name: value for name, value in params.items() if name != "metadata"})
+    except (TypeError, ValueError):
+        raise ModelManagerError("ERR_INVALID_REQUEST", f"The request cannot be sent: {reason}.") from None
+    raise ModelManagerError("ERR_INVALID_METADATA", f"metadata cannot be sent: {reason}.")
 
 
 async def until_answered(

@@ -127,7 +127,7 @@ class ModelManagerClient:
     async def list_models(
         self, *, model_type: str | None = None, limit: int | None = None, cursor: str | None = None
     ) -> ListReply:
-        """A page of the versions in the catalog, by id and version; `nextCursor` in it is the `cursor` of the next."""
+        """A page of the versions in the catalog, by id and version; also a short one may have a `nextCursor`."""
         return cast("ListReply", await self.call("listModels", type=model_type, limit=limit, cursor=cursor))
 
     async def search_models(

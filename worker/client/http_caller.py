@@ -15,7 +15,8 @@ from schemas.ids import LATEST
 from schemas.routes import FILE, PATH_PARAMETERS, ROUTES, Route
 from schemas.rpc import METHODS
 from schemas.wire import dump, parse_object
-from worker.client.caller import Unreachable, error_of, no_answer, until_answered
+from worker.client.caller import Unreachable, encoded, error_of, no_answer, until_answered
+from worker.http_address import flaw_of
 
 MAX_REPLY_BYTES = 16 * 1024**2
 
@@ -24,9 +25,8 @@ class HttpCaller:
     """Calls the worker whose HTTP service is at `url`. `token` is its bearer token, sent to that address only."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ModelManagerError("ERR_INVALID_REQUEST", "The address must begin with http:// or https://.")
+        if (flaw := flaw_of(url)) is not None:
+            raise ModelManagerError("ERR_INVALID_REQUEST", f"The address {flaw}.")
         self._url = url.rstrip("/")
         self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._session: aiohttp.ClientSession | None = None
@@ -37,6 +37,7 @@ class HttpCaller:
     ) -> dict[str, Any]:
         if method == "getModel":
             return await self._get_model(params, timeout_s)
+        encoded(params)  # also what a path or a query carries must be text that can be sent
         params = with_version(method, params)
 
         async def attempt(left_s: float, key: str | None) -> dict[str, Any]:
@@ -44,9 +45,11 @@ class HttpCaller:
                 return await self._request(method, params, left_s, key)
             except TimeoutError:
                 raise no_answer(timeout_s) from None
-            except aiohttp.ClientConnectionError:
-                message = "The connection was lost." if self._reached else "There is no worker at that address."
+            except aiohttp.ClientConnectorError:
+                message = "The worker is away." if self._reached else "There is no worker at that address."
                 raise Unreachable(message, passing=self._reached) from None
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
+                raise Unreachable("The connection was lost.", passing=True) from None
             except aiohttp.ClientError as error:
                 raise _foreign(f"The answer is not HTTP as expected ({type(error).__name__}).") from None
 

@@ -2,17 +2,19 @@
 
 A file is written to `<name>.partial` beside its place, hashed as it comes, made durable, and renamed when it has the
 sha256 it should have. What is left by an interrupted pull is gone on with; what is there already is not fetched again.
+A lock on the partial file keeps other pulls from writing into it: what was hashed is what it holds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
 
@@ -34,6 +36,8 @@ from worker.client.transfer import (
 
 if TYPE_CHECKING:
     from worker.client.client import ModelManagerClient
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,8 @@ async def pull(
 
     Several files go below the folder `destination` (`<name>-<version>`), one goes to the file or into the folder
     `destination` (its own name). Raises ERR_CONFLICT, before a byte is fetched, when something else is in a file's
-    place and `force` is not set; ERR_CHECKSUM_MISMATCH when bytes are wrong, which leaves nothing of that file.
+    place and `force` is not set, and at any file that another pull is writing; ERR_CHECKSUM_MISMATCH when bytes are
+    wrong, which leaves nothing of that file.
     """
     reply = await client.get_model(model_id, reference, delivery="url")
     files = _checked(reply)
@@ -175,10 +180,11 @@ class _Fetcher:
 
     async def fetch(self, file: DeliveredFile) -> None:
         target = self._targets[file["path"]]
-        beside = target.with_name(target.name + self._suffix)
-        partial = await asyncio.to_thread(_Partial.open, beside, file["size"])
-        self._meter.add(partial.offset)
+        partial = _Partial(target.with_name(target.name + self._suffix))
         try:
+            await _to_its_end(partial.open, file["size"])
+            while count := await _to_its_end(partial.take_in):
+                self._meter.add(count)
 
             async def attempt(number: int) -> None:
                 url = file["url"] if number == 1 else await self._new_url(file["path"])
@@ -187,9 +193,9 @@ class _Fetcher:
                     raise await self._wrong_bytes(partial, file)
 
             await with_attempts(attempt)
-            await asyncio.to_thread(partial.publish, target)
+            await _to_its_end(partial.publish, target)
         finally:
-            await asyncio.to_thread(partial.close)
+            partial.close()
 
     async def _stream(self, partial: _Partial, file: DeliveredFile, url: str) -> None:
         """Bring `partial` to its full size."""
@@ -207,7 +213,7 @@ class _Fetcher:
             async for chunk in response.content.iter_chunked(CHUNK_BYTES):
                 if partial.offset + len(chunk) > file["size"]:
                     raise await self._wrong_bytes(partial, file)
-                await asyncio.to_thread(partial.write, chunk)
+                await _to_its_end(partial.write, chunk)
                 self._meter.add(len(chunk))
         if partial.offset < file["size"]:
             raise TransferError("ERR_STORAGE_UNAVAILABLE", "The transfer ended too early.", again=True)
@@ -217,43 +223,73 @@ class _Fetcher:
         resumed = partial.resumed
         await self._restart(partial)
         if not resumed:
-            await asyncio.to_thread(partial.remove)
+            await _to_its_end(partial.remove)
         text = f"The bytes of {file['path']} do not have the checksum they should have."
         return TransferError("ERR_CHECKSUM_MISMATCH", text, again=resumed, path=file["path"])
 
     async def _restart(self, partial: _Partial) -> None:
         self._meter.take_back(partial.offset)
-        await asyncio.to_thread(partial.restart)
+        await _to_its_end(partial.restart)
 
     async def _new_url(self, path: str) -> str:
         reply = await self._client.get_model(self._reply["modelId"], self._reply["version"], delivery="url")
         return next(file["url"] for file in reply["files"] if file["path"] == path)
 
 
-class _Partial:
-    """A file on its way, with the hash of what it holds. All methods block."""
+async def _to_its_end(work: Callable[..., Result], *given: Any) -> Result:
+    """Await `work` in a thread; a cancellation takes effect when it has ended.
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    A thread cannot be stopped, and the file it works on must not be closed, nor its lock be given up, under it.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(work, *given))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+class _Partial:
+    """A file on its way, with the hash of what it holds. All methods block, `close` excepted."""
+
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = descriptor
+        self._descriptor = -1
         self._digest = hashlib.sha256()
         self.offset = 0
         self.resumed = False
 
-    @classmethod
-    def open(cls, path: Path, size: int) -> _Partial:
-        """A new one, or what an interrupted pull has left, if that is not longer than `size` bytes."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def open(self, size: int) -> None:
+        """Make the file, or take over what an interrupted pull has left, if that is not longer than `size` bytes.
+
+        Raises ERR_CONFLICT when another pull has it.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        while not self._lock():
+            self.close()
+        if os.fstat(self._descriptor).st_size > size:
+            self.restart()
+
+    def _lock(self) -> bool:
+        """Open and lock the file; False if that is not the one at the path any more: it was published or removed."""
         # A link in this place is not followed: it could lead anywhere.
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        partial = cls(path, os.open(path, flags, 0o644))
-        if os.fstat(partial._descriptor).st_size > size:
-            partial.restart()
-        while chunk := os.pread(partial._descriptor, CHUNK_BYTES, partial.offset):
-            partial._digest.update(chunk)
-            partial.offset += len(chunk)
-        partial.resumed = partial.offset > 0
-        return partial
+        self._descriptor = os.open(self._path, flags, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self._descriptor), os.lstat(self._path))
+        except BlockingIOError:
+            raise ModelManagerError("ERR_CONFLICT", f"Another pull is writing {self._path}.") from None
+        except FileNotFoundError:
+            return False
+
+    def take_in(self) -> int:
+        """Hash some more of what was there; how many bytes, 0 at the end."""
+        chunk = os.pread(self._descriptor, CHUNK_BYTES, self.offset)
+        self._digest.update(chunk)
+        self.offset += len(chunk)
+        self.resumed = self.offset > 0
+        return len(chunk)
 
     @property
     def sha256(self) -> str:

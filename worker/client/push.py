@@ -20,6 +20,7 @@ from schemas.errors import ModelManagerError
 from schemas.ids import MAX_FILES, check_path, check_paths, digest_of
 from schemas.rpc import StoreReply
 from schemas.uploads import SignedPartUrl, UploadFileState, UploadReply
+from worker.client.caller import encoded
 from worker.client.progress import Meter, Report
 from worker.client.transfer import Slice, in_lanes, sha256_of, transfer_session, with_attempts
 
@@ -63,6 +64,8 @@ async def push(
     The same files under the same version again succeed with `created: false`. Raises ModelManagerError; an upload that
     fails is aborted, so that the rack keeps nothing of it.
     """
+    described = {**metadata, "version": version}
+    encoded({"metadata": described})  # told before there are bytes, not after them
     files = {file.path: file for file in await asyncio.to_thread(local_files, path)}
     meter = Meter(report, "Hashing", sum(file.size for file in files.values()))
     digests = {file.path: await sha256_of(file.source, meter=meter) for file in files.values()}
@@ -72,7 +75,7 @@ async def push(
     upload = await client.create_upload(model_id, version, planned)
     try:
         await _bring(client, upload, files, report)
-        return await client.store_model(model_id, {**metadata, "version": version}, upload_id=upload["uploadId"])
+        return await client.store_model(model_id, described, upload_id=upload["uploadId"])
     except BaseException:
         with contextlib.suppress(ModelManagerError, TimeoutError):
             await asyncio.wait_for(client.abort_upload(upload["uploadId"]), _ABORT_S)

@@ -18,7 +18,7 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/version", 
 CALLER = "http"  # one identity: all callers share the token
 _SIGNED = {(CONTENT, "GET"), (FILE, "GET"), (UPLOAD_FILE, "PUT")}
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::\d{1,5})?")
-_SAFE_VERBS = frozenset({"GET", "HEAD"})
+_SAFE_VERBS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _SIGNATURE_DIGITS = 20
 
 
@@ -61,10 +61,9 @@ class Access:
 
     def _check_local(self, request: web.BaseRequest, name: str) -> None:
         """Without a token being on this host is the credential, and a browser's pages must not borrow it."""
-        if name not in self._local_names and not _is_address(name):
+        if name not in self._local_names and not _is_loopback(name):
             raise ModelManagerError("ERR_FORBIDDEN", "Without a token this worker answers to localhost only.")
-        site = request.headers.get("Sec-Fetch-Site", "none")
-        if request.method not in _SAFE_VERBS and site not in ("none", "same-origin"):
+        if request.method not in _SAFE_VERBS and not _own_page(request):
             raise ModelManagerError("ERR_FORBIDDEN", "Another site's page may not change anything here.")
 
 
@@ -78,9 +77,19 @@ def _host_name(host: str) -> str:
     return match[1].strip("[]").lower()
 
 
-def _is_address(name: str) -> bool:
+def _is_loopback(name: str) -> bool:
     try:
-        ipaddress.ip_address(name)
+        return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
-    return True
+
+
+def _own_page(request: web.BaseRequest) -> bool:
+    """False if a page asks that this worker has not served.
+
+    Browsers leave Sec-Fetch-Site out for addresses that they do not trust, and old ones know only Origin.
+    """
+    site = request.headers.get("Sec-Fetch-Site", "none")
+    host = request.headers.get("Host", "").lower()
+    origins = request.headers.getall("Origin", [])
+    return site in ("none", "same-origin") and all(origin.lower().partition("://")[2] == host for origin in origins)

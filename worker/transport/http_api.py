@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from urllib.parse import quote
 
@@ -22,6 +22,7 @@ from worker.transport.http_target import Query
 _LATEST = "/api/models/{model}"
 _INTEGER = re.compile(r"-?\d{1,16}", re.ASCII)
 _FLAGS = {"true": True, "false": False}
+_REVISION = re.compile(r"[1-9]\d{0,14}", re.ASCII)
 _UNFINISHED = frozenset({"queued", "running"})
 
 
@@ -70,23 +71,45 @@ class ApiRoutes:
     ) -> dict[str, Any]:
         """The call, if the version has a revision that the caller names; else 412.
 
-        PATCH carries the revision on, so nobody can change it in between. A delete cannot lose what it has not seen but
-        a change of the metadata in the same moment.
+        PATCH carries the revision on, so nobody can change it in between; if it is one, the change alone checks it, so
+        that a repeat is answered as the first was. A delete cannot lose what it has not seen but a change of the
+        metadata in the same moment.
         """
         tags = parse_etags(condition)
-        if tags is not None:
-            known = {name: params[name] for name in ("modelId", "version")}
-            current = (await self._requests.call("getModelMetadata", known, exchange.context))["revision"]
-            if (False, str(current)) not in tags:
-                raise _changed(current)
-            if route.method == "updateModelMetadata" and params.setdefault("expectedRevision", current) != current:
-                raise _changed(current)
+        if tags is not None and not _carried_on(tags, route, params):
+            await self._check_revision(tags, route, params, exchange)
         try:
             return await self._requests.call(route.method, params, exchange.context)
         except ModelManagerError as error:
             if error.code == "ERR_CONFLICT" and "revision" in error.details:
                 raise _changed(error.details["revision"]) from None
             raise
+
+    async def _check_revision(
+        self, tags: Sequence[tuple[bool, str]], route: Route, params: dict[str, Any], exchange: Exchange
+    ) -> None:
+        known = {name: params[name] for name in ("modelId", "version")}
+        try:
+            current = (await self._requests.call("getModelMetadata", known, exchange.context))["revision"]
+        except ModelManagerError as error:
+            # With a key it may be the repeat of a delete, which is answered from its record.
+            if error.code == "ERR_MODEL_NOT_FOUND" and exchange.context.idempotency_key is not None:
+                return
+            raise
+        if (False, str(current)) not in tags:
+            raise _changed(current)
+        if route.method == "updateModelMetadata" and params.setdefault("expectedRevision", current) != current:
+            raise _changed(current)
+
+
+def _carried_on(tags: Sequence[tuple[bool, str]], route: Route, params: dict[str, Any]) -> bool:
+    """Whether the one revision in `tags` is the `expectedRevision` now, so that the change itself checks it."""
+    if route.method != "updateModelMetadata" or len(tags) != 1:
+        return False
+    weak, text = tags[0]
+    if weak or not _REVISION.fullmatch(text):
+        return False
+    return bool(params.setdefault("expectedRevision", int(text)) == int(text))
 
 
 def _changed(revision: int) -> HttpFault:

@@ -92,7 +92,7 @@ class Unobserved:
 
 def context_of(request: web.BaseRequest) -> Context:
     """The context of a request; a fault if its Idempotency-Key is no key."""
-    key = request.headers.get("Idempotency-Key") if request.method in ("POST", "PUT") else None
+    key = None if request.method in ("GET", "HEAD") else request.headers.get("Idempotency-Key")
     if key is not None and not _KEY.fullmatch(key):
         raise HttpFault(400, "Idempotency-Key must be 1 to 255 printable ASCII characters.")
     return Context(caller=CALLER, idempotency_key=key, transport="http")
