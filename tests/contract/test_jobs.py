@@ -13,6 +13,7 @@ from safetensors.numpy import save
 
 from schemas.errors import ModelManagerError
 from tests.rack import LocalRack
+from worker.jobs.runner import Commit, Progress
 from worker.storage.blobstore import StoredBlob
 from worker.storage.disk import DiskStore
 
@@ -70,7 +71,20 @@ async def test_a_job_can_be_cancelled(tmp_path: Path) -> None:
     await rack.close()
 
 
+def pausing(rack: LocalRack, method: str) -> None:
+    """Let there be some turns of the loop before such a job comes to its commit."""
+    body = rack.service.jobs._bodies[method]
+
+    async def paused(params: dict[str, Any], progress: Progress) -> Commit:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return await body(params, progress)
+
+    rack.service.jobs._bodies[method] = paused
+
+
 async def test_a_job_is_cancelled_without_its_effect_or_succeeds_with_it_whenever_it_is_asked(rack: LocalRack) -> None:
+    pausing(rack, "replicateModel")
     states = set()
     for turns in range(30):
         await rack.store_bytes(f"net-{turns}", "1.0.0", b"x")
@@ -91,6 +105,7 @@ async def test_a_job_that_fails_when_it_is_cancelled_ends_once(rack: LocalRack) 
     rack.registry.listen(lambda entry: ends.append(entry.record["job"]) if entry.op == "job.end" else None)
     file = {"path": "model.bin", "size": 1, "sha256": "sha256:" + "0" * 64}
     upload = await rack.call("createUpload", {"modelId": "net", "version": "1.0.0", "files": [file]})
+    pausing(rack, "completeUpload")
     states = set()
     for turns in range(30):
         begun = await rack.call("completeUpload", {"uploadId": upload["uploadId"], "waitMs": 0})
@@ -111,6 +126,19 @@ async def test_a_job_that_was_cut_off_is_done_after_the_next_boot(tmp_path: Path
     again = LocalRack(tmp_path).open()
     assert (await ended(again, job))["state"] == "succeeded"
     await again.close()
+
+
+async def test_a_job_runs_though_the_request_that_began_it_gave_up_before_its_record(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"x")
+    begun = asyncio.Event()
+    rack.registry.listen(lambda entry: begun.set() if entry.op == "job.begin" else None)
+    request = asyncio.create_task(rack.call("validateModel", {"modelId": "net"}))
+    while not rack.registry.journal.stats().queued:
+        await asyncio.sleep(0)
+    request.cancel()
+    await begun.wait()
+    (job,) = rack.registry.catalog.jobs
+    assert (await ended(rack, job))["state"] == "succeeded"
 
 
 async def test_no_more_jobs_run_at_once_than_there_are_places(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from schemas.journal import JobBeginRecord
 from schemas.rpc import JobStatus
 from worker.catalog.entries import JobEntry
 from worker.context import Context
+from worker.journal import Entry
 from worker.registry import Change, Registry
 
 _log = structlog.get_logger()
@@ -45,6 +46,8 @@ class Jobs:
         self._committing: set[str] = set()
         self._progress: dict[str, dict[str, int]] = {}
         self._last_progress: dict[str, dict[str, int]] = {}  # of jobs that ended, for those who ask just then
+        self._stopped = False
+        registry.listen(self._on_entry)
 
     async def begin(self, method: str, params: dict[str, Any], context: Context) -> str:
         """Record a job and start it; its id. `params` are the request's, as JSON."""
@@ -58,8 +61,12 @@ class Jobs:
         if context.idempotency is not None:
             record["idem"] = context.idempotency
         await self._registry.transact(job_id, lambda: Change("job.begin", record))
-        self._start(self._entry(job_id))
         return job_id
+
+    def _on_entry(self, entry: Entry) -> None:
+        """Start what was recorded, also when nobody waits for it any more."""
+        if entry.op == "job.begin" and not self._stopped:
+            self._start(self._entry(entry.record["job"]))
 
     def resume(self) -> int:
         """Start the jobs again that an earlier process left without an end; how many."""
@@ -109,6 +116,7 @@ class Jobs:
 
     async def stop(self) -> None:
         """Stop the bodies without recording an end: the next process starts them again."""
+        self._stopped = True
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
