@@ -1,8 +1,8 @@
 """From a method's name and bytes to its reply: the one way in for every transport.
 
 Parses, admits (two bounded lanes, so that lookups never wait behind writes), keeps the deadline, answers repeats,
-renders errors, counts and logs. Handlers return or raise; nobody else renders an error. Who only waits, for a change or
-an earlier try, takes no place from those who work.
+renders errors, counts and logs. Handlers return or raise; nobody else renders an error. Who only waits, for a change, a
+job or an earlier try, takes no place from those who work.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _PROBLEMS_SHOWN = 10
 _PLACE_CHARACTERS = 64
 _WAITING_PER_PLACE = 4
 _WAITING_REQUESTS = 1000
+_WAITS = frozenset({"getChanges", "getJob"})
 
 
 class RequestObserver(Protocol):
@@ -233,10 +234,13 @@ class Dispatcher:
         return _Admission(lane, context.deadline)
 
     async def _run(self, method: Method, params: Wire, context: Context) -> dict[str, Any]:
-        lane = self._waiting if method.name == "getChanges" else self._lanes[method.lane]
+        lane = self._waiting if method.name in _WAITS else self._lanes[method.lane]
         async with self._admission(method, context, lane):
             reply: dict[str, Any] = await self._service.handlers[method.name](params, context)
-            return reply
+        if method.job:
+            async with _Admission(self._waiting, context.deadline):
+                reply = await self._service.outcome(reply["jobId"], params)
+        return reply
 
     # --- repeats ---
 
