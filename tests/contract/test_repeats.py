@@ -223,3 +223,22 @@ async def test_a_repeat_with_more_time_than_the_first_goes_on_where_that_gave_up
     store.let_go.set()
     assert (await second)["created"] is True
     await rack.close()
+
+
+async def test_a_job_that_failed_of_what_passes_is_begun_again_by_a_repeat(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"x")
+    request = {"modelId": "net", "version": "1.0.0", "waitMs": 5000}
+    reads = rack.store.hash
+
+    async def away(*args: Any) -> StoredBlob:
+        raise ModelManagerError("ERR_STORAGE_UNAVAILABLE")
+
+    rack.store.hash = away  # type: ignore[method-assign]
+    for _ in range(2):
+        with pytest.raises(ModelManagerError, match="ERR_STORAGE_UNAVAILABLE"):
+            await rack.call("validateModel", request, key="k")
+    rack.store.hash = reads  # type: ignore[method-assign]
+    first = await rack.call("validateModel", request, key="k")
+    assert first["isValid"] is True
+    assert await rack.call("validateModel", request, key="k") == first
+    assert [job.state for job in rack.registry.catalog.jobs.values()] == ["failed", "failed", "succeeded"]

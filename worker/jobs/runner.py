@@ -114,6 +114,11 @@ class Jobs:
             await self._end({"job": job_id, "state": "cancelled", "error": error})
         return await self.status(job_id)
 
+    def may_be_tried_again(self, job_id: str) -> bool:
+        """Whether the job failed of something that passes."""
+        job = self._entry(job_id)
+        return job.state == "failed" and _error_of(job).retryable
+
     async def stop(self) -> None:
         """Stop the bodies without recording an end: the next process starts them again."""
         self._stopped = True

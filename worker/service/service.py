@@ -129,11 +129,12 @@ class ModelService:
 
     # --- repeated requests ---
 
-    async def repeat(self, method: str, entry: Entry, params: Any) -> dict[str, Any]:
-        """The answer to a request whose effect is recorded in `entry`."""
+    async def repeat(self, method: str, entry: Entry, params: Any) -> dict[str, Any] | None:
+        """The answer to a request whose effect is recorded in `entry`; None if it came to nothing and may be tried
+        again."""
         record = entry.record
         if entry.op == "job.begin":
-            return await self.outcome(record["job"], params)
+            return None if self.jobs.may_be_tried_again(record["job"]) else await self.outcome(record["job"], params)
         if entry.op == "upload.begin":
             return cast(dict[str, Any], await self.uploads.describe(record["upload"]))
         if entry.op == "upload.end":
