@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import numpy
 import pytest
 from safetensors.numpy import save
 
+from schemas.deadline import deadline
 from schemas.errors import ModelManagerError
 from tests.rack import LocalRack
+from worker.context import Context
 from worker.jobs.runner import Commit, Progress
 from worker.storage.blobstore import StoredBlob
 from worker.storage.disk import DiskStore
@@ -126,6 +129,23 @@ async def test_a_job_that_was_cut_off_is_done_after_the_next_boot(tmp_path: Path
     again = LocalRack(tmp_path).open()
     assert (await ended(again, job))["state"] == "succeeded"
     await again.close()
+
+
+async def test_a_job_outlives_the_deadline_of_the_request_that_began_it(tmp_path: Path) -> None:
+    store = SlowDiskStore(tmp_path / "models")
+    known: list[float | None] = []
+
+    async def hash_(key: str, progress: Callable[[int], None] | None = None) -> StoredBlob:
+        known.append(deadline.get())
+        return await DiskStore.hash(store, key, progress)
+
+    store.hash = hash_  # type: ignore[method-assign]
+    rack = LocalRack(tmp_path, store=store).open()
+    await rack.store_bytes("net", "1.0.0", b"x")
+    limited = Context(deadline=time.monotonic() + 60)
+    await rack.dispatcher.call("validateModel", {"modelId": "net", "waitMs": 5000}, limited)
+    assert known == [None]
+    await rack.close()
 
 
 async def test_a_job_runs_though_the_request_that_began_it_gave_up_before_its_record(rack: LocalRack) -> None:

@@ -10,6 +10,7 @@ for: an effect whose job says "cancelled" would be one that nobody expects.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -46,6 +47,8 @@ class Jobs:
         self._committing: set[str] = set()
         self._progress: dict[str, dict[str, int]] = {}
         self._last_progress: dict[str, dict[str, int]] = {}  # of jobs that ended, for those who ask just then
+        # A job logs as the worker does, and has no deadline: that of the request it came with is the request's alone.
+        self._context = contextvars.copy_context()
         self._stopped = False
         registry.listen(self._on_entry)
 
@@ -151,7 +154,7 @@ class Jobs:
             await asyncio.wait([task], timeout=wait_s)
 
     def _start(self, job: JobEntry) -> None:
-        task = asyncio.create_task(self._run(job), name=f"job {job.method} {job.id}")
+        task = asyncio.create_task(self._run(job), name=f"job {job.method} {job.id}", context=self._context.copy())
         self._tasks[job.id] = task
         task.add_done_callback(lambda _: self._forget(job.id))
 
