@@ -23,7 +23,7 @@ from schemas.journal import JobBeginRecord
 from schemas.rpc import JobStatus
 from worker.catalog.entries import JobEntry
 from worker.context import Context
-from worker.journal import Entry
+from worker.journal import Entry, check_record
 from worker.registry import Change, Registry
 
 _log = structlog.get_logger()
@@ -170,6 +170,7 @@ class Jobs:
                 self._committing.add(job.id)
                 result = await commit()
             end: dict[str, Any] = {"job": job.id, "state": "succeeded", "result": result}
+            check_record("job.end", end)  # an end that no line holds would never be one
         except ModelManagerError as error:
             end = {"job": job.id, "state": "failed", "error": error.body()["error"]}
         except Exception:  # noqa: BLE001 - a job ends with a record whatever its body does
