@@ -121,6 +121,30 @@ async def test_a_job_that_fails_when_it_is_cancelled_ends_once(rack: LocalRack) 
     assert states == {"cancelled", "failed"}
 
 
+async def test_a_job_is_cancelled_though_who_asked_for_it_gave_up_waiting(tmp_path: Path) -> None:
+    store = SlowDiskStore(tmp_path / "models")
+    gives_up = asyncio.Event()
+
+    async def reluctant(key: str, progress: Callable[[int], None] | None = None) -> StoredBlob:
+        try:
+            await store.let_go.wait()
+        finally:
+            await gives_up.wait()
+        raise AssertionError("it is cancelled")
+
+    store.hash = reluctant  # type: ignore[method-assign]
+    rack = LocalRack(tmp_path, store=store).open()
+    await rack.store_bytes("net", "1.0.0", b"x")
+    job = (await rack.call("validateModel", {"modelId": "net", "waitMs": 0}))["jobId"]
+    with pytest.raises(ModelManagerError, match="ERR_DEADLINE_EXCEEDED"):
+        await rack.dispatcher.call("cancelJob", {"jobId": job}, Context(deadline=time.monotonic() + 0.05))
+    again = asyncio.create_task(rack.call("cancelJob", {"jobId": job}))
+    await asyncio.sleep(0.01)
+    gives_up.set()
+    assert (await again)["state"] == (await ended(rack, job))["state"] == "cancelled"
+    await rack.close()
+
+
 async def test_a_job_that_was_cut_off_is_done_after_the_next_boot(tmp_path: Path) -> None:
     rack = LocalRack(tmp_path, store=SlowDiskStore(tmp_path / "models")).open()
     await rack.store_bytes("net", "1.0.0", b"x")

@@ -44,7 +44,8 @@ class Jobs:
         self._bodies = bodies
         self._places = asyncio.Semaphore(places)
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._committing: set[str] = set()
+        self._committing: set[str] = set()  # and those that record their end
+        self._cancelled: set[str] = set()
         self._progress: dict[str, dict[str, int]] = {}
         self._last_progress: dict[str, dict[str, int]] = {}  # of jobs that ended, for those who ask just then
         # A job logs as the worker does, and has no deadline: that of the request it came with is the request's alone.
@@ -107,14 +108,13 @@ class Jobs:
     async def cancel(self, job_id: str) -> JobStatus:
         """End a job, if it has not come to its commit; else it succeeds or fails as if nobody had asked."""
         self._entry(job_id)
+        await asyncio.sleep(0)  # a task that has not begun to run could not record its end
         task = self._tasks.get(job_id)
-        if task is not None and job_id in self._committing:
+        if task is not None:
+            if job_id not in self._committing | self._cancelled:
+                self._cancelled.add(job_id)
+                task.cancel()
             await asyncio.wait([task])
-        elif task is not None:
-            task.cancel()
-            await asyncio.wait([task])
-            error = ModelManagerError("ERR_CONFLICT", "The job was cancelled.").body()["error"]
-            await self._end({"job": job_id, "state": "cancelled", "error": error})
         return await self.status(job_id)
 
     def may_be_tried_again(self, job_id: str) -> bool:
@@ -161,6 +161,7 @@ class Jobs:
     def _forget(self, job_id: str) -> None:
         self._tasks.pop(job_id, None)
         self._committing.discard(job_id)
+        self._cancelled.discard(job_id)
 
     async def _run(self, job: JobEntry) -> None:
         try:
@@ -171,23 +172,24 @@ class Jobs:
                 result = await commit()
             end: dict[str, Any] = {"job": job.id, "state": "succeeded", "result": result}
             check_record("job.end", end)  # an end that no line holds would never be one
+        except asyncio.CancelledError:
+            if job.id not in self._cancelled:
+                raise
+            error = ModelManagerError("ERR_CONFLICT", "The job was cancelled.")
+            end = {"job": job.id, "state": "cancelled", "error": error.body()["error"]}
         except ModelManagerError as error:
             end = {"job": job.id, "state": "failed", "error": error.body()["error"]}
         except Exception:  # noqa: BLE001 - a job ends with a record whatever its body does
             _log.exception("job_failed", job=job.id, method=job.method)
             end = {"job": job.id, "state": "failed", "error": ModelManagerError("ERR_INTERNAL").body()["error"]}
+        self._committing.add(job.id)
         try:
             await self._end(end)
         except ModelManagerError as error:
             _log.error("job_end_not_recorded", job=job.id, code=error.code)  # it is started again at the next boot
 
     async def _end(self, end: dict[str, Any]) -> None:
-        """Record the end of a job, once."""
-
-        def decide() -> Change | None:
-            return None if self._entry(end["job"]).ended else Change("job.end", end)
-
-        await self._registry.transact(end["job"], decide)
+        await self._registry.transact(end["job"], lambda: Change("job.end", end))
         self._last_progress[end["job"]] = self._progress.pop(end["job"], {})
         if len(self._last_progress) > _LAST_PROGRESS_KEPT:
             del self._last_progress[next(iter(self._last_progress))]
