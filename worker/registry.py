@@ -325,7 +325,8 @@ class Registry:
         return key in self._under_way or self.catalog.requests.get(key) is not None
 
     async def recorded(self, idempotency: Idempotency) -> Entry | None:
-        """The entry of the effect this request had already; ERR_CONFLICT if the key belongs to another request.
+        """The entry of the effect this request had already, if that is remembered; ERR_CONFLICT if the key belongs to
+        another request.
 
         Waits for a record that is on its way.
         """
@@ -337,7 +338,10 @@ class Registry:
             return None
         if known.hash != idempotency["hash"]:
             raise ModelManagerError("ERR_CONFLICT", "This idempotency key was used for another request.")
-        return await asyncio.to_thread(self.journal.entry, known.sequence)
+        try:
+            return await asyncio.to_thread(self.journal.entry, known.sequence)
+        except KeyError:  # it was old enough to go with a compaction
+            return None
 
 
 def _outcome_unknown() -> ModelManagerError:
