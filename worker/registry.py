@@ -164,6 +164,11 @@ class Registry:
             for sequence in warmed:
                 self._warm.pop(sequence, None)
 
+    async def record(self, sequence: int) -> dict[str, Any]:
+        """The record of a line of the journal; KeyError if there is none, or none any more."""
+        found: dict[str, Any] = await self.look(lambda: self._record(sequence, wait=False)[0])
+        return found
+
     # --- writing ---
 
     async def transact(self, scope: str, decide: Callable[[], Change | _T], *, pins: Iterable[str] = ()) -> Entry | _T:

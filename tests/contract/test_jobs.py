@@ -198,6 +198,33 @@ async def test_no_more_jobs_run_at_once_than_there_are_places(tmp_path: Path) ->
     await rack.close()
 
 
+async def test_jobs_beyond_a_bound_are_refused_for_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.jobs.runner._OPEN_MOST", 3)
+    store = SlowDiskStore(tmp_path / "models")
+    rack = LocalRack(tmp_path, store=store).open()
+    await rack.store_bytes("net", "1.0.0", b"x")
+    jobs = [(await rack.call("validateModel", {"modelId": "net", "waitMs": 0}))["jobId"] for _ in range(3)]
+    with pytest.raises(ModelManagerError) as refused:
+        await rack.call("validateModel", {"modelId": "net", "waitMs": 0})
+    assert (refused.value.code, refused.value.details["retryAfterMs"]) == ("ERR_OVERLOADED", 5000)
+    store.let_go.set()
+    assert {(await ended(rack, job))["state"] for job in jobs} == {"succeeded"}
+    assert (await rack.call("validateModel", {"modelId": "net"}))["isValid"] is True
+    await rack.close()
+
+
+async def test_the_result_of_a_job_is_read_from_its_record_also_after_a_restart(tmp_path: Path) -> None:
+    rack = LocalRack(tmp_path).open()
+    await rack.store_bytes("net", "1.0.0", b"x")
+    job = (await rack.call("validateModel", {"modelId": "net", "waitMs": 0}))["jobId"]
+    status = await ended(rack, job)
+    await rack.close()
+    again = LocalRack(tmp_path).open()
+    assert (await ended(again, job))["result"] == status["result"]
+    assert status["result"]["isValid"] is True
+    await again.close()
+
+
 async def test_wrong_bytes_quarantine_a_version_until_they_are_right_again(rack: LocalRack) -> None:
     stored = await rack.store_bytes("net", "1.0.0", b"right")
     path = rack.folder / "models" / stored["storageKey"]

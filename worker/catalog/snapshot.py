@@ -13,7 +13,7 @@ from worker.catalog.catalog import Catalog, Totals
 from worker.catalog.entries import Deletion, JobEntry, UploadEntry
 from worker.catalog.sorting import MODEL_ID, make_order
 
-VERSION = 2
+VERSION = 3
 
 
 def dump_catalog(catalog: Catalog) -> dict[str, Any]:

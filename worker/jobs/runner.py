@@ -34,6 +34,8 @@ Commit = Callable[[], Awaitable[dict[str, Any]]]
 Body = Callable[[dict[str, Any], Progress], Awaitable[Commit]]
 
 _LAST_PROGRESS_KEPT = 1000
+_OPEN_MOST = 1000
+_COME_BACK_MS = 5000
 
 
 class Jobs:
@@ -54,7 +56,9 @@ class Jobs:
         registry.listen(self._on_entry)
 
     async def begin(self, method: str, params: dict[str, Any], context: Context) -> str:
-        """Record a job and start it; its id. `params` are the request's, as JSON."""
+        """Record a job and start it; its id. `params` are the request's, as JSON. ERR_OVERLOADED if too many wait."""
+        if len(self._tasks) >= _OPEN_MOST:
+            raise ModelManagerError("ERR_OVERLOADED", f"{len(self._tasks)} jobs are open.", retryAfterMs=_COME_BACK_MS)
         job_id = new_ulid()
         record: JobBeginRecord = {
             "job": job_id,
@@ -83,8 +87,8 @@ class Jobs:
         """The job's reply if it is there within `wait_s`, else `{jobId, state}`; its error is raised."""
         await self._wait(job_id, wait_s)
         job = self._entry(job_id)
-        if job.state == "succeeded" and job.result is not None:
-            return job.result
+        if job.state == "succeeded":
+            return await self._result(job)
         if job.state in ("failed", "cancelled"):
             raise _error_of(job)
         return {"success": True, "jobId": job_id, "state": self._state(job)}
@@ -99,8 +103,8 @@ class Jobs:
             "state": self._state(job),
             "progress": self._progress.get(job_id) or self._last_progress.get(job_id, {}),
         }
-        if job.result is not None:
-            status["result"] = job.result
+        if job.state == "succeeded":
+            status["result"] = await self._result(job)
         if job.error is not None:
             status["error"] = job.error
         return status
@@ -144,6 +148,13 @@ class Jobs:
         if job is None:
             raise ModelManagerError("ERR_NOT_FOUND", "There is no such job.", jobId=job_id)
         return job
+
+    async def _result(self, job: JobEntry) -> dict[str, Any]:
+        try:
+            result: dict[str, Any] = (await self._registry.record(job.sequences[-1]))["result"]
+        except KeyError:
+            raise ModelManagerError("ERR_NOT_FOUND", "The job is over for long.", jobId=job.id) from None
+        return result
 
     def _state(self, job: JobEntry) -> Any:
         return "running" if job.id in self._progress and not job.ended else job.state

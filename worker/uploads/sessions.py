@@ -9,7 +9,7 @@ arrived is asked of the store.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, cast
 from urllib.parse import quote
@@ -38,7 +38,7 @@ from worker.journal import Entry
 from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore, DirectUploads, StoredBlob
-from worker.uploads.plan import Progress, advance, check_plan, incomplete, part_count, planned_file
+from worker.uploads.plan import Progress, advance, check_open, check_plan, incomplete, part_count, planned_file
 
 _log = structlog.get_logger()
 _EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -68,6 +68,7 @@ class UploadSessions:
         if twin is not None:
             raise ModelManagerError("ERR_CONFLICT", f"The model {twin} differs in case only.", modelId=twin)
         check_plan(params.files, in_parts=self._store.direct_uploads is not None)
+        check_open(self._registry.catalog.uploads.values(), len(params.files))
         upload_id = new_ulid()
         planned: list[PlannedFile] = []
         present: list[str] = []
@@ -280,7 +281,7 @@ class UploadSessions:
     async def discard(self, upload: UploadEntry) -> None:
         """Give up the parts of an upload that ended without its bytes being needed; its blobs go with the clean-up."""
         self._forget(upload)
-        await self._abort_parts(upload.files)
+        await self._abort_parts(await self._planned(upload))
 
     def overdue(self) -> list[str]:
         """The uploads that are not over and past their time."""
@@ -289,10 +290,8 @@ class UploadSessions:
         return [u.id for u in uploads if u.state in ("open", "completed") and u.expires < now]
 
     def _forget(self, upload: UploadEntry) -> None:
-        for file in upload.files:
-            received = self._received.pop((upload.id, file["path"]), None)
-            if received is not None:
-                self._registry.unpin([received.key])
+        for place in [place for place in self._received if place[0] == upload.id]:
+            self._registry.unpin([self._received.pop(place).key])
 
     async def _abort_parts(self, files: Any) -> None:
         direct = self._store.direct_uploads
@@ -310,6 +309,16 @@ class UploadSessions:
         if upload is None:
             raise ModelManagerError("ERR_NOT_FOUND", "There is no such upload.", uploadId=upload_id)
         return upload
+
+    async def _planned(self, upload: UploadEntry) -> Sequence[PlannedFile]:
+        """The files it was to bring."""
+        if upload.over is None:
+            return upload.files
+        try:
+            begin = await self._registry.record(upload.sequences[0])
+        except KeyError:
+            raise ModelManagerError("ERR_NOT_FOUND", "The upload is over for long.", uploadId=upload.id) from None
+        return cast("list[PlannedFile]", begin["files"])
 
     def _open(self, upload_id: str) -> UploadEntry:
         upload = self._upload(upload_id)
@@ -343,7 +352,7 @@ class UploadSessions:
             "version": upload.version,
             "state": upload.state,
             "expiresAt": timestamp(upload.expires),
-            "files": [await self._file_state(upload, file) for file in upload.files],
+            "files": [await self._file_state(upload, file) for file in await self._planned(upload)],
         }
 
     async def _file_state(self, upload: UploadEntry, file: PlannedFile) -> UploadFileState:
