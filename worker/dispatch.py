@@ -28,6 +28,7 @@ from schemas.wire import canonical, parse_object
 from worker.context import Context
 from worker.registry import Registry
 from worker.service.service import ModelService
+from worker.unrecorded import UnrecordedAnswers
 
 _log = structlog.get_logger()
 
@@ -35,6 +36,7 @@ _PROBLEMS_SHOWN = 10
 _PLACE_CHARACTERS = 64
 _WAITING_PER_PLACE = 4
 _WAITING_REQUESTS = 1000
+_UNRECORDED_BYTES = 16 * 1024 * 1024
 _WAITS = frozenset({"getChanges", "getJob"})
 
 
@@ -156,6 +158,7 @@ class Dispatcher:
         self._waiting = Lane("waiting", _WAITING_REQUESTS)
         self._transfers = Lane("transfer", transfers)
         self._running: dict[str, _Running] = {}
+        self._unrecorded = UnrecordedAnswers(_UNRECORDED_BYTES)
         self.draining = False
         self.vouch: Vouch | None = None
 
@@ -257,6 +260,8 @@ class Dispatcher:
             reply = await self._repeated(method, params, idempotency, context)
             if reply is None:
                 reply = await self._run(method, params, replace(context, idempotency=idempotency))
+                if not self._registry.knows(idempotency):
+                    self._unrecorded.put(idempotency, reply)
             running.outcome.set_result(reply)
             return reply
         except ModelManagerError as error:
@@ -279,7 +284,11 @@ class Dispatcher:
     async def _repeated(
         self, method: Method, params: Wire, idempotency: Idempotency, context: Context
     ) -> dict[str, Any] | None:
-        """The answer to a request that had its effect already; None if it is to be run."""
+        """The answer to a request that had its effect, or none, already; None if it is to be run."""
+        reply = self._unrecorded.get(idempotency)
+        if reply is not None:
+            self._observe.request_repeated()
+            return reply
         if not self._registry.opened or not self._registry.knows(idempotency):
             return None
         async with _Admission(self._waiting, context.deadline):

@@ -12,11 +12,13 @@ import orjson
 import pytest
 
 from schemas.errors import ModelManagerError
+from schemas.journal import Idempotency
 from tests.rack import LocalRack
 from worker.context import Context
 from worker.journal import Files
 from worker.storage.blobstore import StoredBlob
 from worker.storage.disk import DiskStore
+from worker.unrecorded import UnrecordedAnswers
 
 
 @pytest.fixture
@@ -230,7 +232,7 @@ async def test_a_job_that_failed_of_what_passes_is_begun_again_by_a_repeat(rack:
     request = {"modelId": "net", "version": "1.0.0", "waitMs": 5000}
     reads = rack.store.hash
 
-    async def away(*args: Any) -> StoredBlob:
+    async def away(key: str, progress: Any = None) -> StoredBlob:
         raise ModelManagerError("ERR_STORAGE_UNAVAILABLE")
 
     rack.store.hash = away  # type: ignore[method-assign]
@@ -242,3 +244,37 @@ async def test_a_job_that_failed_of_what_passes_is_begun_again_by_a_repeat(rack:
     assert first["isValid"] is True
     assert await rack.call("validateModel", request, key="k") == first
     assert [job.state for job in rack.registry.catalog.jobs.values()] == ["failed", "failed", "succeeded"]
+
+
+async def test_a_repeat_of_what_changed_nothing_changes_nothing_though_there_is_something_to_change_by_then(
+    rack: LocalRack,
+) -> None:
+    await rack.store_bytes("net", "1.0.0", b"one")
+    await rack.store_bytes("net", "2.0.0", b"two")
+    alias = {"modelId": "net", "alias": "prod", "version": "1.0.0"}
+    await rack.call("setAlias", alias, key="first")
+    nothing = await rack.call("setAlias", alias, key="k")
+    await rack.call("setAlias", {**alias, "version": "2.0.0"})
+    assert await rack.call("setAlias", alias, key="k") == nothing
+    assert (await rack.call("getModelMetadata", {"modelId": "net", "version": "prod"}))["version"] == "2.0.0"
+    there = await rack.store_bytes("net", "1.0.0", b"one", key="s")
+    assert there["created"] is False
+    await rack.call("deleteModel", {"modelId": "net", "version": "1.0.0"})
+    assert await rack.store_bytes("net", "1.0.0", b"one", key="s") == there
+    with pytest.raises(ModelManagerError, match="ERR_MODEL_NOT_FOUND"):
+        await rack.call("getModelMetadata", {"modelId": "net", "version": "1.0.0"})
+    with pytest.raises(ModelManagerError, match="ERR_CONFLICT"):
+        await rack.call("setAlias", {**alias, "version": "2.0.0"}, key="k")
+
+
+def test_answers_without_a_record_are_kept_for_a_day_and_within_their_bytes() -> None:
+    now = [0.0]
+    answers = UnrecordedAnswers(3000, clock=lambda: now[0])
+    requests: list[Idempotency] = [{"key": f"k{number}", "hash": "h"} for number in range(10)]
+    for request in requests:
+        answers.put(request, {"success": True, "text": "x" * 400})
+    assert [answers.get(request) is not None for request in requests] == [False] * 7 + [True] * 3
+    now[0] = 24 * 3600 + 1
+    assert answers.get(requests[-1]) is None
+    answers.put(requests[0], {"success": True, "text": "x" * 400})
+    assert answers.get(requests[0]) == {"success": True, "text": "x" * 400}
