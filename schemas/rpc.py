@@ -303,11 +303,14 @@ class FindingEntry(TypedDict):
 
 
 class ValidateReply(ModelReply):
+    """`files` begins with those that are not valid; `omittedFiles` more of them did not fit into the reply."""
+
     version: str
     isValid: bool
     expectedChecksum: str
     actualChecksum: str | None
     files: list[ValidatedFile]
+    omittedFiles: NotRequired[int]
     findings: list[FindingEntry]
 
 

@@ -1,7 +1,8 @@
 """From a method's name and bytes to its reply: the one way in for every transport.
 
 Parses, admits (two bounded lanes, so that lookups never wait behind writes), keeps the deadline, answers repeats,
-renders errors, counts and logs. Handlers return or raise; nobody else renders an error.
+renders errors, counts and logs. Handlers return or raise; nobody else renders an error. Who only waits, for a change, a
+job or an earlier try, takes no place from those who work.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ from schemas.wire import canonical, parse_object
 from worker.context import Context
 from worker.registry import Registry
 from worker.service.service import ModelService
+from worker.unrecorded import UnrecordedAnswers
 
 _log = structlog.get_logger()
 
 _PROBLEMS_SHOWN = 10
 _PLACE_CHARACTERS = 64
 _WAITING_PER_PLACE = 4
-_CHANGES_READERS = 1000
+_WAITING_REQUESTS = 1000
+_UNRECORDED_BYTES = 16 * 1024 * 1024
+_WAITS = frozenset({"getChanges", "getJob"})
 
 
 class RequestObserver(Protocol):
@@ -128,10 +132,10 @@ class _Admission:
 
 @dataclass(slots=True)
 class _Running:
-    """A request that is being handled, for repeats that arrive meanwhile."""
+    """A request that is being handled, for repeats that arrive meanwhile. `outcome` is None if its time was over."""
 
     request_hash: str
-    outcome: asyncio.Future[dict[str, Any]]
+    outcome: asyncio.Future[dict[str, Any] | None]
 
 
 class Dispatcher:
@@ -151,9 +155,10 @@ class Dispatcher:
         self._registry = registry
         self._observe = observe
         self._lanes = {"lookup": Lane("lookup", lookups), "write": Lane("write", writes)}
-        self._changes = Lane("changes", _CHANGES_READERS)
+        self._waiting = Lane("waiting", _WAITING_REQUESTS)
         self._transfers = Lane("transfer", transfers)
         self._running: dict[str, _Running] = {}
+        self._unrecorded = UnrecordedAnswers(_UNRECORDED_BYTES)
         self.draining = False
         self.vouch: Vouch | None = None
 
@@ -232,43 +237,66 @@ class Dispatcher:
         return _Admission(lane, context.deadline)
 
     async def _run(self, method: Method, params: Wire, context: Context) -> dict[str, Any]:
-        lane = self._changes if method.name == "getChanges" else self._lanes[method.lane]
+        lane = self._waiting if method.name in _WAITS else self._lanes[method.lane]
         async with self._admission(method, context, lane):
             reply: dict[str, Any] = await self._service.handlers[method.name](params, context)
-            return reply
+        if method.job:
+            async with _Admission(self._waiting, context.deadline):
+                reply = await self._service.outcome(reply["jobId"], params)
+        return reply
 
     # --- repeats ---
 
     async def _once(self, method: Method, params: Wire, context: Context) -> dict[str, Any]:
         """Run a request that has an idempotency key: one effect, one answer, however often it comes."""
         idempotency = _idempotency(method, params, context)
-        key, request_hash = idempotency["key"], idempotency["hash"]
-        running = self._running.get(key)
-        if running is not None:
-            return await self._attach(running, request_hash)
-        running = self._running[key] = _Running(request_hash, asyncio.get_running_loop().create_future())
+        key = idempotency["key"]
+        while (running := self._running.get(key)) is not None:
+            reply = await self._attach(running, idempotency["hash"], context)
+            if reply is not None:
+                return reply
+        running = self._running[key] = _Running(idempotency["hash"], asyncio.get_running_loop().create_future())
         try:
-            entry = await self._registry.recorded(idempotency) if self._registry.opened else None
-            if entry is not None:
-                self._observe.request_repeated()
-                reply = await self._service.repeat(method.name, entry, params)
-            else:
+            reply = await self._repeated(method, params, idempotency, context)
+            if reply is None:
                 reply = await self._run(method, params, replace(context, idempotency=idempotency))
+                if not self._registry.knows(idempotency):
+                    self._unrecorded.put(idempotency, reply)
             running.outcome.set_result(reply)
             return reply
-        except BaseException as error:
-            known = isinstance(error, ModelManagerError)
-            running.outcome.set_exception(error if known else ModelManagerError("ERR_SHUTTING_DOWN"))
-            running.outcome.exception()  # looked at: nobody may be attached
+        except ModelManagerError as error:
+            if error.code != "ERR_DEADLINE_EXCEEDED":  # a repeat may have more time
+                running.outcome.set_exception(error)
+                running.outcome.exception()  # looked at: nobody may be attached
             raise
         finally:
             del self._running[key]
+            if not running.outcome.done():
+                running.outcome.set_result(None)
 
-    async def _attach(self, running: _Running, request_hash: str) -> dict[str, Any]:
+    async def _attach(self, running: _Running, request_hash: str, context: Context) -> dict[str, Any] | None:
         if running.request_hash != request_hash:
             raise ModelManagerError("ERR_CONFLICT", "This idempotency key is in use for another request.")
         self._observe.request_repeated()
-        return await asyncio.shield(running.outcome)
+        async with _Admission(self._waiting, context.deadline):
+            return await asyncio.shield(running.outcome)
+
+    async def _repeated(
+        self, method: Method, params: Wire, idempotency: Idempotency, context: Context
+    ) -> dict[str, Any] | None:
+        """The answer to a request that had its effect, or none, already; None if it is to be run."""
+        reply = self._unrecorded.get(idempotency)
+        if reply is not None:
+            self._observe.request_repeated()
+            return reply
+        if not self._registry.opened or not self._registry.knows(idempotency):
+            return None
+        async with _Admission(self._waiting, context.deadline):
+            entry = await self._registry.recorded(idempotency)
+            if entry is None:
+                return None
+            self._observe.request_repeated()
+            return await self._service.repeat(method.name, entry, params)
 
 
 def _idempotency(method: Method, params: Wire, context: Context) -> Idempotency:

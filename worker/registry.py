@@ -2,7 +2,8 @@
 
 A write is one `transact`: under the lock of what it changes, a plain function looks at the catalog and decides on a
 record; the record is appended (that is the commit), folded into the catalog, announced to the listeners. Nothing can
-come between the look and the commit, and a caller who goes away does not interrupt it.
+come between the look and the commit. A caller who goes away before the decision has no effect, and one who goes away
+after it does not interrupt it.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class Registry:
         self._listeners: list[Callable[[Entry], None]] = []
         self._moved = asyncio.Event()
         self._transactions: set[asyncio.Task[Any]] = set()
+        self._under_way: dict[str, asyncio.Future[None]] = {}  # requests whose record is on its way, by their key
 
     def open(self) -> None:
         """Take the lock, verify and replay the journal. Blocking, long for a large one. Raises the journal's errors."""
@@ -168,12 +170,18 @@ class Registry:
             for sequence in warmed:
                 self._warm.pop(sequence, None)
 
+    async def record(self, sequence: int) -> dict[str, Any]:
+        """The record of a line of the journal; KeyError if there is none, or none any more."""
+        found: dict[str, Any] = await self.look(lambda: self._record(sequence, wait=False)[0])
+        return found
+
     # --- writing ---
 
     async def transact(self, scope: str, decide: Callable[[], Change | _T], *, pins: Iterable[str] = ()) -> Entry | _T:
         """Run `decide` under the lock of `scope`; append the change it returns, or return what else it returns.
 
-        `pins` are storage keys that must stay until this is over. The transaction outlives a cancelled caller.
+        `pins` are storage keys that must stay until this is over. From the decision on the transaction outlives a
+        cancelled caller, and `recorded` waits for it.
         """
         held = tuple(pins)
         if not self._scopes.take(scope):
@@ -185,13 +193,14 @@ class Registry:
                 self._scopes.release(scope)
                 return outcome
             self.pin(held)
+            key = self._depart(outcome)
             try:
-                written = self.journal.submit(outcome.op, outcome.record, partial(self._settled, scope, held))
+                written = self.journal.submit(outcome.op, outcome.record, partial(self._settled, scope, held, key))
             except BaseException:
-                self.unpin(held)
+                self._arrive(held, key)
                 raise
             if written is None:
-                self.unpin(held)
+                self._arrive(held, key)
         except RecordCold:
             written = None
         except JournalFailed:
@@ -208,27 +217,53 @@ class Registry:
         except JournalFailed:
             raise _outcome_unknown() from None
 
-    def _settled(self, scope: str, pins: tuple[str, ...]) -> None:
-        self._scopes.release(scope)
+    def _depart(self, change: Change) -> str | None:
+        """Note that a record is on its way to the disk; the key of its request, if it has one."""
+        idempotency: Idempotency | None = change.record.get("idem")
+        if idempotency is None:
+            return None
+        self._under_way.setdefault(idempotency["key"], asyncio.get_running_loop().create_future())
+        return idempotency["key"]
+
+    def _arrive(self, pins: tuple[str, ...], key: str | None) -> None:
         if pins:
             self.unpin(pins)
+        if key is not None and (arrived := self._under_way.pop(key, None)) is not None:
+            arrived.set_result(None)
+
+    def _settled(self, scope: str, pins: tuple[str, ...], key: str | None) -> None:
+        self._scopes.release(scope)
+        self._arrive(pins, key)
 
     async def _transact_in_turn(
         self, scope: str, decide: Callable[[], Change | _T], pins: tuple[str, ...]
     ) -> Entry | _T:
         """The same for a write that waits: for its turn, for a record, or for room."""
-        task = asyncio.create_task(self._transact(scope, decide))
+        abandoned = asyncio.Event()
+        task = asyncio.create_task(self._transact(scope, decide, abandoned))
         self.pin(pins)
         self._transactions.add(task)
         task.add_done_callback(self._transactions.discard)
         task.add_done_callback(lambda _: self.unpin(pins))
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            abandoned.set()
+            raise
 
-    async def _transact(self, scope: str, decide: Callable[[], Change | _T]) -> Entry | _T:
+    async def _transact(self, scope: str, decide: Callable[[], Change | _T], abandoned: asyncio.Event) -> Entry | _T:
         await self._scopes.wait(scope)
         try:
             outcome = await self.look(decide)
-            return await self.journal.append(outcome.op, outcome.record) if isinstance(outcome, Change) else outcome
+            if not isinstance(outcome, Change):
+                return outcome
+            if abandoned.is_set():  # its caller may have come again, and would not find it
+                raise asyncio.CancelledError
+            key = self._depart(outcome)
+            try:
+                return await self.journal.append(outcome.op, outcome.record)
+            finally:
+                self._arrive((), key)
         except JournalFailed:
             raise _outcome_unknown() from None
         finally:
@@ -299,14 +334,29 @@ class Registry:
 
     # --- repeated requests ---
 
+    def knows(self, idempotency: Idempotency) -> bool:
+        """Whether `recorded` has anything to look at: mostly a request is a new one."""
+        key = idempotency["key"]
+        return key in self._under_way or self.catalog.requests.get(key) is not None
+
     async def recorded(self, idempotency: Idempotency) -> Entry | None:
-        """The entry of the effect this request had already; ERR_CONFLICT if the key belongs to another request."""
+        """The entry of the effect this request had already, if that is remembered; ERR_CONFLICT if the key belongs to
+        another request.
+
+        Waits for a record that is on its way.
+        """
+        under_way = self._under_way.get(idempotency["key"])
+        if under_way is not None:
+            await asyncio.shield(under_way)
         known = self.catalog.requests.get(idempotency["key"])
         if known is None:
             return None
         if known.hash != idempotency["hash"]:
             raise ModelManagerError("ERR_CONFLICT", "This idempotency key was used for another request.")
-        return await asyncio.to_thread(self.journal.entry, known.sequence)
+        try:
+            return await asyncio.to_thread(self.journal.entry, known.sequence)
+        except KeyError:  # it was old enough to go with a compaction
+            return None
 
 
 def _outcome_unknown() -> ModelManagerError:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from schemas.errors import ModelManagerError
 from schemas.hints import hint_of
 from tests.rack import LocalRack
 from worker.journal import Entry, base_name
+from worker.registry import Change
 from worker.upkeep.compaction_child import compact
 
 
@@ -132,3 +135,18 @@ async def test_a_waiting_reader_gives_up_in_time(rack: LocalRack) -> None:
     page = await changes(rack, rack.registry.journal.head, waitMs=50)
     assert page["changes"] == []
     assert page["next"] == page["head"]
+
+
+async def test_a_page_of_versions_with_many_files_takes_the_memory_of_its_hints(rack: LocalRack) -> None:
+    digests = [f"{number:064x}" for number in range(2000)]
+    files = [{"path": d, "size": 1, "sha256": d, "mediaType": "text/plain", "key": f"blobs/{d[:26]}"} for d in digests]
+    record = {"type": "custom", "metadata": {}, "checksum": digests[0], "size": 2000, "created": 1, "origin": "rack-1"}
+    for number in range(30):
+        version = {**record, "model": "net", "version": str(number), "files": files, "replicas": []}
+        await rack.registry.transact("net", partial(Change, "store", version))
+    tracemalloc.start()
+    page = await changes(rack, limit=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [change["data"]["version"] for change in page["changes"]] == [str(number) for number in range(30)]
+    assert peak < 20_000_000

@@ -12,7 +12,9 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from schemas.journal import Idempotency
 from tests.registry_view import view
+from worker.catalog.requests import RememberedRequest, RememberedRequests
 from worker.journal import Base, Entry, Files, Journal, JournalDamaged, SealedFile, verify
 from worker.journal.manifest import read_manifest, segment_first
 from worker.registry import Change, Registry
@@ -347,6 +349,34 @@ def test_a_request_is_remembered_for_a_day(tmp_path: Path) -> None:
     assert known is not None
     assert registry.journal.entry(known.sequence).record["idem"]["key"] == "days-0.5"
     asyncio.run(registry.close())
+
+
+def test_a_request_of_yesterday_whose_record_compaction_dropped_is_unknown(tmp_path: Path) -> None:
+    idem: Idempotency = {"key": "nightly", "hash": "h"}
+    written(
+        tmp_path,
+        (1.5, "store", store("m", "1", 1)),
+        (1.2, "update", {**update("m", "1", 1), "idem": idem}),
+        (0, "update", update("m", "1", 2)),
+    )
+
+    async def run() -> None:
+        registry = opened(tmp_path)
+        registry.start()
+        assert (await registry.recorded(idem)) is not None
+        await Compaction(registry).compact()
+        assert (await registry.recorded(idem)) is None
+        await registry.close()
+
+    asyncio.run(run())
+
+
+def test_requests_of_yesterday_are_forgotten_all_at_once() -> None:
+    requests = RememberedRequests()
+    for number in range(100):
+        requests.add(f"old-{number}", RememberedRequest("h", number, 0))
+    requests.add("new", RememberedRequest("h", 100, 2 * DAY_MS))
+    assert len(requests) == 1
 
 
 def test_jobs_that_ended_a_week_ago_go_and_those_that_go_on_stay(tmp_path: Path) -> None:

@@ -55,6 +55,32 @@ async def test_lookups_do_not_wait_behind_writes(rack: LocalRack) -> None:
     await asyncio.gather(*writes)
 
 
+async def test_who_waits_for_a_job_takes_no_place_from_lookups_and_writes(rack: LocalRack) -> None:
+    dispatcher, _ = gated(rack, "restoreModel")
+    await rack.store_bytes("net", "1.0.0", b"x")
+    let_go = asyncio.Event()
+    reads = rack.store.hash
+
+    async def stuck(*args: Any) -> Any:
+        await let_go.wait()
+        return await reads(*args)
+
+    rack.store.hash = stuck  # type: ignore[method-assign]
+    validate = {"modelId": "net", "waitMs": 5000}
+    waiting = [asyncio.create_task(dispatcher.call("validateModel", validate, Context())) for _ in range(10)]
+    while len(rack.registry.catalog.jobs) < 10:
+        await asyncio.sleep(0.01)
+    status = {"jobId": next(iter(rack.registry.catalog.jobs)), "waitMs": 5000}
+    waiting += [asyncio.create_task(dispatcher.call("getJob", status, Context())) for _ in range(20)]
+    await asyncio.sleep(0)
+    alias = {"modelId": "net", "alias": "prod", "version": "1.0.0"}
+    assert (await dispatcher.call("setAlias", alias, Context()))["success"] is True
+    assert (await dispatcher.call("getModelMetadata", {"modelId": "net"}, Context()))["aliases"] == ["prod"]
+    assert not any(task.done() for task in waiting)
+    let_go.set()
+    assert all(reply["success"] for reply in await asyncio.gather(*waiting))
+
+
 async def test_beyond_the_waiting_room_a_lane_says_when_to_come_back(rack: LocalRack) -> None:
     dispatcher, gate = gated(rack, "restoreModel")
     inside = [asyncio.create_task(dispatcher.call("restoreModel", {"modelId": "a"}, Context())) for _ in range(10)]

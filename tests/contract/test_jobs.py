@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import numpy
 import pytest
 from safetensors.numpy import save
 
+from schemas.deadline import deadline
 from schemas.errors import ModelManagerError
 from tests.rack import LocalRack
+from worker.context import Context
+from worker.jobs.runner import Commit, Progress
 from worker.storage.blobstore import StoredBlob
 from worker.storage.disk import DiskStore
 
@@ -70,7 +74,20 @@ async def test_a_job_can_be_cancelled(tmp_path: Path) -> None:
     await rack.close()
 
 
+def pausing(rack: LocalRack, method: str) -> None:
+    """Let there be some turns of the loop before such a job comes to its commit."""
+    body = rack.service.jobs._bodies[method]
+
+    async def paused(params: dict[str, Any], progress: Progress) -> Commit:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return await body(params, progress)
+
+    rack.service.jobs._bodies[method] = paused
+
+
 async def test_a_job_is_cancelled_without_its_effect_or_succeeds_with_it_whenever_it_is_asked(rack: LocalRack) -> None:
+    pausing(rack, "replicateModel")
     states = set()
     for turns in range(30):
         await rack.store_bytes(f"net-{turns}", "1.0.0", b"x")
@@ -91,6 +108,7 @@ async def test_a_job_that_fails_when_it_is_cancelled_ends_once(rack: LocalRack) 
     rack.registry.listen(lambda entry: ends.append(entry.record["job"]) if entry.op == "job.end" else None)
     file = {"path": "model.bin", "size": 1, "sha256": "sha256:" + "0" * 64}
     upload = await rack.call("createUpload", {"modelId": "net", "version": "1.0.0", "files": [file]})
+    pausing(rack, "completeUpload")
     states = set()
     for turns in range(30):
         begun = await rack.call("completeUpload", {"uploadId": upload["uploadId"], "waitMs": 0})
@@ -103,6 +121,30 @@ async def test_a_job_that_fails_when_it_is_cancelled_ends_once(rack: LocalRack) 
     assert states == {"cancelled", "failed"}
 
 
+async def test_a_job_is_cancelled_though_who_asked_for_it_gave_up_waiting(tmp_path: Path) -> None:
+    store = SlowDiskStore(tmp_path / "models")
+    gives_up = asyncio.Event()
+
+    async def reluctant(key: str, progress: Callable[[int], None] | None = None) -> StoredBlob:
+        try:
+            await store.let_go.wait()
+        finally:
+            await gives_up.wait()
+        raise AssertionError("it is cancelled")
+
+    store.hash = reluctant  # type: ignore[method-assign]
+    rack = LocalRack(tmp_path, store=store).open()
+    await rack.store_bytes("net", "1.0.0", b"x")
+    job = (await rack.call("validateModel", {"modelId": "net", "waitMs": 0}))["jobId"]
+    with pytest.raises(ModelManagerError, match="ERR_DEADLINE_EXCEEDED"):
+        await rack.dispatcher.call("cancelJob", {"jobId": job}, Context(deadline=time.monotonic() + 0.05))
+    again = asyncio.create_task(rack.call("cancelJob", {"jobId": job}))
+    await asyncio.sleep(0.01)
+    gives_up.set()
+    assert (await again)["state"] == (await ended(rack, job))["state"] == "cancelled"
+    await rack.close()
+
+
 async def test_a_job_that_was_cut_off_is_done_after_the_next_boot(tmp_path: Path) -> None:
     rack = LocalRack(tmp_path, store=SlowDiskStore(tmp_path / "models")).open()
     await rack.store_bytes("net", "1.0.0", b"x")
@@ -111,6 +153,36 @@ async def test_a_job_that_was_cut_off_is_done_after_the_next_boot(tmp_path: Path
     again = LocalRack(tmp_path).open()
     assert (await ended(again, job))["state"] == "succeeded"
     await again.close()
+
+
+async def test_a_job_outlives_the_deadline_of_the_request_that_began_it(tmp_path: Path) -> None:
+    store = SlowDiskStore(tmp_path / "models")
+    known: list[float | None] = []
+
+    async def hash_(key: str, progress: Callable[[int], None] | None = None) -> StoredBlob:
+        known.append(deadline.get())
+        return await DiskStore.hash(store, key, progress)
+
+    store.hash = hash_  # type: ignore[method-assign]
+    rack = LocalRack(tmp_path, store=store).open()
+    await rack.store_bytes("net", "1.0.0", b"x")
+    limited = Context(deadline=time.monotonic() + 60)
+    await rack.dispatcher.call("validateModel", {"modelId": "net", "waitMs": 5000}, limited)
+    assert known == [None]
+    await rack.close()
+
+
+async def test_a_job_runs_though_the_request_that_began_it_gave_up_before_its_record(rack: LocalRack) -> None:
+    await rack.store_bytes("net", "1.0.0", b"x")
+    begun = asyncio.Event()
+    rack.registry.listen(lambda entry: begun.set() if entry.op == "job.begin" else None)
+    request = asyncio.create_task(rack.call("validateModel", {"modelId": "net"}))
+    while not rack.registry.journal.stats().queued:
+        await asyncio.sleep(0)
+    request.cancel()
+    await begun.wait()
+    (job,) = rack.registry.catalog.jobs
+    assert (await ended(rack, job))["state"] == "succeeded"
 
 
 async def test_no_more_jobs_run_at_once_than_there_are_places(tmp_path: Path) -> None:
@@ -124,6 +196,33 @@ async def test_no_more_jobs_run_at_once_than_there_are_places(tmp_path: Path) ->
     store.let_go.set()
     assert {(await ended(rack, job))["state"] for job in jobs} == {"succeeded"}
     await rack.close()
+
+
+async def test_jobs_beyond_a_bound_are_refused_for_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.jobs.runner._OPEN_MOST", 3)
+    store = SlowDiskStore(tmp_path / "models")
+    rack = LocalRack(tmp_path, store=store).open()
+    await rack.store_bytes("net", "1.0.0", b"x")
+    jobs = [(await rack.call("validateModel", {"modelId": "net", "waitMs": 0}))["jobId"] for _ in range(3)]
+    with pytest.raises(ModelManagerError) as refused:
+        await rack.call("validateModel", {"modelId": "net", "waitMs": 0})
+    assert (refused.value.code, refused.value.details["retryAfterMs"]) == ("ERR_OVERLOADED", 5000)
+    store.let_go.set()
+    assert {(await ended(rack, job))["state"] for job in jobs} == {"succeeded"}
+    assert (await rack.call("validateModel", {"modelId": "net"}))["isValid"] is True
+    await rack.close()
+
+
+async def test_the_result_of_a_job_is_read_from_its_record_also_after_a_restart(tmp_path: Path) -> None:
+    rack = LocalRack(tmp_path).open()
+    await rack.store_bytes("net", "1.0.0", b"x")
+    job = (await rack.call("validateModel", {"modelId": "net", "waitMs": 0}))["jobId"]
+    status = await ended(rack, job)
+    await rack.close()
+    again = LocalRack(tmp_path).open()
+    assert (await ended(again, job))["result"] == status["result"]
+    assert status["result"]["isValid"] is True
+    await again.close()
 
 
 async def test_wrong_bytes_quarantine_a_version_until_they_are_right_again(rack: LocalRack) -> None:

@@ -15,6 +15,7 @@ from schemas.ids import MAX_ALIASES, MAX_METADATA_BYTES
 from schemas.uploads import CreateUpload
 from schemas.wire import canonical
 from tests.rack import LocalRack
+from worker.jobs.runner import Commit, Progress
 from worker.uploads.plan import FEW_FILES, check_plan
 
 FILES = 2000
@@ -108,3 +109,37 @@ async def test_as_many_aliases_as_a_model_may_have_leave_room_for_an_update(rack
     assert len((await rack.call("updateModelMetadata", note))["aliases"]) == MAX_ALIASES - 1
     await rack.call("deleteAlias", {"modelId": "acme/known", "alias": names[1]})
     await point(names[-1])
+
+
+async def test_a_validation_of_more_files_than_a_record_holds_ends_and_lists_first_what_is_wrong(
+    tmp_path: Path,
+) -> None:
+    rack = LocalRack(tmp_path, check_formats=False).open()
+    names = paths(FILES, 320)
+    stored = await rack.call("storeModel", inline(names))
+    (tmp_path / "models" / stored["files"][-1]["storageKey"]).write_bytes(b"wrong")
+    report = await rack.call("validateModel", {"modelId": "acme/wide", "waitMs": 5000})
+    while "jobId" in report:
+        status = await rack.call("getJob", {"jobId": report["jobId"], "waitMs": 5000})
+        report = status.get("result", report)
+    assert report["isValid"] is False
+    assert (report["files"][0]["path"], report["files"][0]["isValid"]) == (names[-1], False)
+    assert all(file["isValid"] for file in report["files"][1:])
+    assert len(report["files"]) + report["omittedFiles"] == FILES
+    await rack.close()
+
+
+async def test_a_job_whose_result_no_record_holds_has_failed(rack: LocalRack) -> None:
+    await rack.store_bytes("acme/net", "1.0.0", b"x")
+
+    async def commit() -> dict[str, Any]:
+        return {"success": True, "text": "x" * 2**20}
+
+    async def body(params: dict[str, Any], progress: Progress) -> Commit:
+        return commit
+
+    rack.service.jobs._bodies["validateModel"] = body
+    with pytest.raises(ModelManagerError) as failed:
+        await rack.call("validateModel", {"modelId": "acme/net", "waitMs": 5000}, key="k")
+    status = await rack.call("getJob", {"jobId": failed.value.details["jobId"]})
+    assert status["state"] == "failed"

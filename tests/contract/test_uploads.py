@@ -271,3 +271,34 @@ async def test_on_disk_a_file_can_be_sent_again_after_a_restart(tmp_path: Path) 
     await complete(again, upload)
     assert (await store(again, upload))["created"] is True
     await again.close()
+
+
+async def test_an_upload_that_is_over_has_its_files_in_the_journal_alone(disk: LocalRack) -> None:
+    aborted = await create(disk, a=b"one")
+    await receive(disk, aborted["uploadId"], "a", b"one")
+    await disk.call("abortUpload", {"uploadId": aborted["uploadId"]})
+    stored = await create(disk, a=b"two", b=b"three")
+    for path, data in (("a", b"two"), ("b", b"three")):
+        await receive(disk, stored["uploadId"], path, data)
+    await disk.call("completeUpload", {"uploadId": stored["uploadId"]})
+    metadata = {"type": "custom", "version": "1.0.0"}
+    await disk.call("storeModel", {"modelId": "net", "metadata": metadata, "uploadId": stored["uploadId"]})
+    assert [upload.files for upload in disk.registry.catalog.uploads.values()] == [(), ()]
+    assert [upload.stored_files for upload in disk.registry.catalog.uploads.values()] == [(), ()]
+    for begun, state in ((aborted, "aborted"), (stored, "stored")):
+        now = await disk.call("getUpload", {"uploadId": begun["uploadId"]})
+        assert now["state"] == state
+        assert [file["sha256"] for file in now["files"]] == [file["sha256"] for file in begun["files"]]
+    assert not disk.service.uploads._received
+
+
+async def test_too_many_uploads_that_are_not_over_are_refused_for_now(
+    disk: LocalRack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.uploads.plan._OPEN_FILES_MOST", 3)
+    first = await create(disk, a=b"one", b=b"two")
+    with pytest.raises(ModelManagerError) as refused:
+        await create(disk, c=b"three", d=b"four")
+    assert (refused.value.code, refused.value.details["retryAfterMs"]) == ("ERR_OVERLOADED", 60_000)
+    await disk.call("abortUpload", {"uploadId": first["uploadId"]})
+    assert (await create(disk, c=b"three", d=b"four"))["state"] == "open"

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import psutil
 import pytest
 
 from deploy.local import ObjectStore, object_store
+from schemas.deadline import deadline
 from tests.conftest import connect
 from tests.stores import INFO, MIB, S3Place, content, put, sha256
+from worker.storage.blobstore import UNOBSERVED
 from worker.storage.retrying import RetryingStore
 from worker.storage.s3 import S3Store
-from worker.storage.s3_client import LEAVE_S
+from worker.storage.s3_client import LEAVE_S, S3Calls
 
 DATA = content(96 * MIB)
 
@@ -107,3 +110,24 @@ async def test_a_cancelled_put_does_not_wait_for_a_store_that_hangs(
     putting.cancel()
     await asyncio.wait({putting}, timeout=LEAVE_S + 3)
     assert putting.done()
+
+
+async def test_what_a_request_leaves_to_be_removed_does_not_have_its_deadline() -> None:
+    calls = S3Calls(
+        endpoint_url="http://127.0.0.1:9",
+        bucket="b",
+        region=None,
+        clean_up_profile=None,
+        timeout_s=1,
+        observe=UNOBSERVED,
+    )
+    known: list[float | None] = []
+
+    async def removal() -> None:
+        known.append(deadline.get())
+
+    token = deadline.set(time.monotonic() - 1)
+    await calls.leave(removal())
+    deadline.reset(token)
+    await calls.close()
+    assert known == [None]

@@ -377,16 +377,18 @@ class Catalog:
         upload.state = record["state"]
         upload.stored_files = tuple(record.get("files", ()))
         upload.sequences.append(sequence)
-        upload.over = None if upload.state == "completed" else time_ms
         self.blobs.use(upload.stored_files)
         self.blobs.release(before)
+        if upload.state != "completed":
+            upload.end(time_ms)
 
     def _upload_stored(self, upload_id: str, sequence: int, time_ms: int) -> None:
         upload = self.uploads.get(upload_id)
         if upload is not None:
             self.blobs.release(upload.keys)
-            upload.state, upload.over = "stored", time_ms
+            upload.state = "stored"
             upload.sequences.append(sequence)
+            upload.end(time_ms)
 
     def _job_begin(self, record: Any, sequence: int, time_ms: int) -> None:
         job = JobEntry(record["job"], record["method"], record["params"], record["created"])
@@ -398,7 +400,6 @@ class Catalog:
         job = self.jobs.get(record["job"])
         if job is not None:
             job.state = record["state"]
-            job.result = record.get("result")
             job.error = record.get("error")
             job.sequences.append(sequence)
             job.over = time_ms
@@ -449,7 +450,9 @@ class _Versions(Mapping[str, VersionEntry]):
 
 
 def _drop_over(entries: dict[str, Any], now_ms: int) -> None:
-    """Drop the oldest entry that is over, if its time is, or there are more than are kept."""
-    oldest = next((key for key, entry in entries.items() if entry.over is not None), None)
-    if oldest is not None and (len(entries) > _KEPT_MOST or entries[oldest].over < now_ms - KEPT_MS):
-        del entries[oldest]
+    """Drop the oldest entries that are over, while their time is, or there are more than are kept."""
+    over = [key for key, entry in entries.items() if entry.over is not None]
+    for key in over:
+        if len(entries) <= _KEPT_MOST and entries[key].over >= now_ms - KEPT_MS:
+            return
+        del entries[key]

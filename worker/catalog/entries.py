@@ -159,7 +159,7 @@ class ModelEntry:
 @dataclass(slots=True)
 class UploadEntry:
     """An upload. `stored_files` are there once it is completed: verified bytes that wait for `storeModel`. `sequences`
-    are those of its records, `over` is when it ended (unix ms)."""
+    are those of its records, `over` is when it ended (unix ms). What is over has its files in its first record only."""
 
     id: str
     model: str
@@ -170,6 +170,11 @@ class UploadEntry:
     stored_files: tuple[StoredFile, ...] = ()
     sequences: list[int] = field(default_factory=list)
     over: int | None = None
+
+    def end(self, time_ms: int) -> None:
+        """It is over: thousands of files would stay in memory, for a reply that is rarely asked for."""
+        self.over = time_ms
+        self.files = self.stored_files = ()
 
     @property
     def keys(self) -> list[str]:
@@ -182,14 +187,13 @@ class UploadEntry:
 @dataclass(slots=True)
 class JobEntry:
     """A job. `ended` is false until its end is recorded. `sequences` are those of its records, `over` is when it ended
-    (unix ms)."""
+    (unix ms). Its result is in its last record only."""
 
     id: str
     method: str
     params: dict[str, Any]
     created: int
     state: JobState = "queued"
-    result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     sequences: list[int] = field(default_factory=list)
     over: int | None = None

@@ -33,8 +33,8 @@ class RememberedRequests:
     def add(self, key: str, request: RememberedRequest) -> None:
         self._requests[key] = request
         self._requests.move_to_end(key)
-        oldest = next(iter(self._requests.values()))
-        if len(self._requests) > REMEMBERED_REQUESTS or oldest.time_ms < request.time_ms - REMEMBERED_MS:
+        since = request.time_ms - REMEMBERED_MS
+        while len(self._requests) > REMEMBERED_REQUESTS or next(iter(self._requests.values())).time_ms < since:
             self._requests.popitem(last=False)
 
     def records(self) -> list[tuple[int, int]]:

@@ -271,6 +271,8 @@ async def verify(session: Session, model: Reference) -> None:
             for file in reply["files"]
         )
         yield from table(("FILE", "RESULT", "CHECKSUM"), rows)
+        if "omittedFiles" in reply:
+            yield plain(f"{reply['omittedFiles']} more files are not listed.")
         for finding in reply["findings"]:
             yield plain(f"{finding['severity']}: {finding['path']}: {finding['message']} ({finding['code']})")
 

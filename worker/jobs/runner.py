@@ -10,6 +10,7 @@ for: an effect whose job says "cancelled" would be one that nobody expects.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -22,6 +23,7 @@ from schemas.journal import JobBeginRecord
 from schemas.rpc import JobStatus
 from worker.catalog.entries import JobEntry
 from worker.context import Context
+from worker.journal import Entry, check_record
 from worker.registry import Change, Registry
 
 _log = structlog.get_logger()
@@ -32,6 +34,8 @@ Commit = Callable[[], Awaitable[dict[str, Any]]]
 Body = Callable[[dict[str, Any], Progress], Awaitable[Commit]]
 
 _LAST_PROGRESS_KEPT = 1000
+_OPEN_MOST = 1000
+_COME_BACK_MS = 5000
 
 
 class Jobs:
@@ -42,12 +46,19 @@ class Jobs:
         self._bodies = bodies
         self._places = asyncio.Semaphore(places)
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._committing: set[str] = set()
+        self._committing: set[str] = set()  # and those that record their end
+        self._cancelled: set[str] = set()
         self._progress: dict[str, dict[str, int]] = {}
         self._last_progress: dict[str, dict[str, int]] = {}  # of jobs that ended, for those who ask just then
+        # A job logs as the worker does, and has no deadline: that of the request it came with is the request's alone.
+        self._context = contextvars.copy_context()
+        self._stopped = False
+        registry.listen(self._on_entry)
 
     async def begin(self, method: str, params: dict[str, Any], context: Context) -> str:
-        """Record a job and start it; its id. `params` are the request's, as JSON."""
+        """Record a job and start it; its id. `params` are the request's, as JSON. ERR_OVERLOADED if too many wait."""
+        if len(self._tasks) >= _OPEN_MOST:
+            raise ModelManagerError("ERR_OVERLOADED", f"{len(self._tasks)} jobs are open.", retryAfterMs=_COME_BACK_MS)
         job_id = new_ulid()
         record: JobBeginRecord = {
             "job": job_id,
@@ -58,8 +69,12 @@ class Jobs:
         if context.idempotency is not None:
             record["idem"] = context.idempotency
         await self._registry.transact(job_id, lambda: Change("job.begin", record))
-        self._start(self._entry(job_id))
         return job_id
+
+    def _on_entry(self, entry: Entry) -> None:
+        """Start what was recorded, also when nobody waits for it any more."""
+        if entry.op == "job.begin" and not self._stopped:
+            self._start(self._entry(entry.record["job"]))
 
     def resume(self) -> int:
         """Start the jobs again that an earlier process left without an end; how many."""
@@ -72,8 +87,8 @@ class Jobs:
         """The job's reply if it is there within `wait_s`, else `{jobId, state}`; its error is raised."""
         await self._wait(job_id, wait_s)
         job = self._entry(job_id)
-        if job.state == "succeeded" and job.result is not None:
-            return job.result
+        if job.state == "succeeded":
+            return await self._result(job)
         if job.state in ("failed", "cancelled"):
             raise _error_of(job)
         return {"success": True, "jobId": job_id, "state": self._state(job)}
@@ -88,8 +103,8 @@ class Jobs:
             "state": self._state(job),
             "progress": self._progress.get(job_id) or self._last_progress.get(job_id, {}),
         }
-        if job.result is not None:
-            status["result"] = job.result
+        if job.state == "succeeded":
+            status["result"] = await self._result(job)
         if job.error is not None:
             status["error"] = job.error
         return status
@@ -97,18 +112,23 @@ class Jobs:
     async def cancel(self, job_id: str) -> JobStatus:
         """End a job, if it has not come to its commit; else it succeeds or fails as if nobody had asked."""
         self._entry(job_id)
+        await asyncio.sleep(0)  # a task that has not begun to run could not record its end
         task = self._tasks.get(job_id)
-        if task is not None and job_id in self._committing:
+        if task is not None:
+            if job_id not in self._committing | self._cancelled:
+                self._cancelled.add(job_id)
+                task.cancel()
             await asyncio.wait([task])
-        elif task is not None:
-            task.cancel()
-            await asyncio.wait([task])
-            error = ModelManagerError("ERR_CONFLICT", "The job was cancelled.").body()["error"]
-            await self._end({"job": job_id, "state": "cancelled", "error": error})
         return await self.status(job_id)
+
+    def may_be_tried_again(self, job_id: str) -> bool:
+        """Whether the job failed of something that passes."""
+        job = self._entry(job_id)
+        return job.state == "failed" and _error_of(job).retryable
 
     async def stop(self) -> None:
         """Stop the bodies without recording an end: the next process starts them again."""
+        self._stopped = True
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -129,6 +149,13 @@ class Jobs:
             raise ModelManagerError("ERR_NOT_FOUND", "There is no such job.", jobId=job_id)
         return job
 
+    async def _result(self, job: JobEntry) -> dict[str, Any]:
+        try:
+            result: dict[str, Any] = (await self._registry.record(job.sequences[-1]))["result"]
+        except KeyError:
+            raise ModelManagerError("ERR_NOT_FOUND", "The job is over for long.", jobId=job.id) from None
+        return result
+
     def _state(self, job: JobEntry) -> Any:
         return "running" if job.id in self._progress and not job.ended else job.state
 
@@ -138,13 +165,14 @@ class Jobs:
             await asyncio.wait([task], timeout=wait_s)
 
     def _start(self, job: JobEntry) -> None:
-        task = asyncio.create_task(self._run(job), name=f"job {job.method} {job.id}")
+        task = asyncio.create_task(self._run(job), name=f"job {job.method} {job.id}", context=self._context.copy())
         self._tasks[job.id] = task
         task.add_done_callback(lambda _: self._forget(job.id))
 
     def _forget(self, job_id: str) -> None:
         self._tasks.pop(job_id, None)
         self._committing.discard(job_id)
+        self._cancelled.discard(job_id)
 
     async def _run(self, job: JobEntry) -> None:
         try:
@@ -154,23 +182,25 @@ class Jobs:
                 self._committing.add(job.id)
                 result = await commit()
             end: dict[str, Any] = {"job": job.id, "state": "succeeded", "result": result}
+            check_record("job.end", end)  # an end that no line holds would never be one
+        except asyncio.CancelledError:
+            if job.id not in self._cancelled:
+                raise
+            error = ModelManagerError("ERR_CONFLICT", "The job was cancelled.")
+            end = {"job": job.id, "state": "cancelled", "error": error.body()["error"]}
         except ModelManagerError as error:
             end = {"job": job.id, "state": "failed", "error": error.body()["error"]}
         except Exception:  # noqa: BLE001 - a job ends with a record whatever its body does
             _log.exception("job_failed", job=job.id, method=job.method)
             end = {"job": job.id, "state": "failed", "error": ModelManagerError("ERR_INTERNAL").body()["error"]}
+        self._committing.add(job.id)
         try:
             await self._end(end)
         except ModelManagerError as error:
             _log.error("job_end_not_recorded", job=job.id, code=error.code)  # it is started again at the next boot
 
     async def _end(self, end: dict[str, Any]) -> None:
-        """Record the end of a job, once."""
-
-        def decide() -> Change | None:
-            return None if self._entry(end["job"]).ended else Change("job.end", end)
-
-        await self._registry.transact(end["job"], decide)
+        await self._registry.transact(end["job"], lambda: Change("job.end", end))
         self._last_progress[end["job"]] = self._progress.pop(end["job"], {})
         if len(self._last_progress) > _LAST_PROGRESS_KEPT:
             del self._last_progress[next(iter(self._last_progress))]

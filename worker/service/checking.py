@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+import orjson
 import structlog
 
 from schemas.findings import Finding
@@ -25,6 +26,9 @@ from worker.storage.blobstore import BlobMissing, BlobStore
 _log = structlog.get_logger()
 
 Progress = Callable[[str, int], None]
+
+# The reply is recorded in one line of the journal, which has 1 MiB; findings take what is left at the most.
+_LISTED_BYTES = 800 * 1024
 
 
 class Checking:
@@ -65,9 +69,11 @@ class Checking:
             isValid=not wrong and not any(finding.severity == "error" for finding in findings),
             expectedChecksum=digest_of(entry.checksum),
             actualChecksum=self._actual(entry, files),
-            files=files,
+            files=_listed(files),
             findings=[cast(Any, finding.as_dict()) for finding in findings[:100]],
         )
+        if len(reply["files"]) < len(files):
+            reply["omittedFiles"] = len(files) - len(reply["files"])
 
         async def commit() -> dict[str, Any]:
             await self._record_verdict(entry, right, wrong)
@@ -169,6 +175,21 @@ class Checking:
             return cast(dict[str, Any], reply)
 
         return commit
+
+
+def _listed(files: list[ValidatedFile]) -> list[ValidatedFile]:
+    """As many of them as fit into a reply: all, or those first that are not valid."""
+    sizes = [len(orjson.dumps(file)) + 1 for file in files]
+    if sum(sizes) <= _LISTED_BYTES:
+        return files
+    listed: list[ValidatedFile] = []
+    room = _LISTED_BYTES
+    for size, file in sorted(zip(sizes, files, strict=True), key=lambda sized: sized[1]["isValid"]):
+        room -= size
+        if room < 0:
+            break
+        listed.append(file)
+    return listed
 
 
 def _advance(progress: Progress, before: int, seen: int) -> None:

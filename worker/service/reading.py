@@ -42,6 +42,8 @@ from worker.readiness import Readiness
 from worker.registry import Registry
 from worker.storage.blobstore import BlobMissing, BlobStore
 
+_RECORDS_AT_ONCE = 4  # each has up to 1 MiB in the journal, and some eight times as much in memory
+
 Quarantine = Callable[[VersionEntry, str], Any]
 
 
@@ -268,30 +270,39 @@ class Reading:
         after = params.after
         while True:
             head = journal.head
-            entries = await asyncio.to_thread(journal.read, after, params.limit)
-            if after < journal.changes_from:  # compaction took some away meanwhile
-                raise ModelManagerError("ERR_CHANGES_GONE", epoch=journal.epoch, head=journal.head)
-            changes = [
-                hint
-                for entry in entries
-                if (
-                    hint := hint_of(
-                        entry.op,
-                        entry.record,
-                        rack=self._policy.rack,
-                        epoch=journal.epoch,
-                        sequence=entry.sequence,
-                        time_ms=entry.time_ms,
-                    )
-                )
-            ]
-            after = entries[-1].sequence if len(entries) == params.limit else max(after, head)
+            changes, after = await asyncio.to_thread(self._changes, after, head, params.limit)
             remaining = give_up - time.monotonic()
             if changes or remaining <= 0:
-                hints: list[dict[str, Any]] = [dict(change) for change in changes]
-                return {"success": True, "epoch": journal.epoch, "head": head, "changes": hints, "next": after}
+                return {
+                    "success": True,
+                    "epoch": journal.epoch,
+                    "head": journal.head,
+                    "changes": changes,
+                    "next": after,
+                }
             if after >= journal.head:
                 await self._registry.moved(remaining)
+
+    def _changes(self, after: int, head: int, limit: int) -> tuple[list[dict[str, Any]], int]:
+        """The hints of the first `limit` records after a sequence, and the sequence to go on from. Blocks.
+
+        Few records are in memory at once: they may have thousands of files, of which a hint tells nothing.
+        """
+        journal, rack = self._registry.journal, self._policy.rack
+        changes: list[dict[str, Any]] = []
+        while limit > 0:
+            entries = journal.read(after, min(limit, _RECORDS_AT_ONCE))
+            if after < journal.changes_from:  # compaction took some away meanwhile
+                raise ModelManagerError("ERR_CHANGES_GONE", epoch=journal.epoch, head=journal.head)
+            for entry in entries:
+                after, time_ms = entry.sequence, entry.time_ms
+                hint = hint_of(entry.op, entry.record, rack=rack, epoch=journal.epoch, sequence=after, time_ms=time_ms)
+                if hint is not None:
+                    changes.append(dict(hint))
+            if len(entries) < min(limit, _RECORDS_AT_ONCE):
+                return changes, max(after, head)
+            limit -= len(entries)
+        return changes, after
 
 
 def _delivered(file: StoredFile, data: bytes) -> DeliveredFile:

@@ -96,20 +96,18 @@ class ModelService:
 
     async def _validate_model(self, params: ValidateModel, context: Context) -> dict[str, Any]:
         entry = await self._resolve(params.model_id, params.version)
-        return await self._run_job(
-            "validateModel", {"modelId": entry.model, "version": entry.version}, params.wait_ms, context
-        )
+        return await self._accept("validateModel", {"modelId": entry.model, "version": entry.version}, context)
 
     async def _replicate_model(self, params: ReplicateModel, context: Context) -> dict[str, Any]:
         entry = await self._resolve(params.model_id, params.version)
         work: dict[str, Any] = {"modelId": entry.model, "version": entry.version}
         if params.peers is not None:
             work["peers"] = list(dict.fromkeys(params.peers))
-        return await self._run_job("replicateModel", work, params.wait_ms, context)
+        return await self._accept("replicateModel", work, context)
 
     async def _begin_complete(self, params: CompleteUpload, context: Context) -> dict[str, Any]:
         self.uploads.find(params.upload_id)  # refuses an unknown one before a job is recorded
-        return await self._run_job("completeUpload", {"uploadId": params.upload_id}, params.wait_ms, context)
+        return await self._accept("completeUpload", {"uploadId": params.upload_id}, context)
 
     async def _complete_upload(self, params: dict[str, Any], progress: Callable[[str, int], None]) -> Commit:
         return cast(Commit, await self.uploads.complete(params["uploadId"], progress))
@@ -117,9 +115,12 @@ class ModelService:
     async def _resolve(self, model_id: str, reference: str) -> VersionEntry:
         return await self._registry.look(lambda: self._registry.catalog.resolve(model_id, reference))
 
-    async def _run_job(self, method: str, work: dict[str, Any], wait_ms: int, context: Context) -> dict[str, Any]:
-        job_id = await self.jobs.begin(method, work, context)
-        return await self.jobs.result(job_id, wait_ms / 1000)
+    async def _accept(self, method: str, work: dict[str, Any], context: Context) -> dict[str, Any]:
+        return {"success": True, "jobId": await self.jobs.begin(method, work, context), "state": "queued"}
+
+    async def outcome(self, job_id: str, params: Any) -> dict[str, Any]:
+        """The reply to the request that began this job, once `waitMs` are over or the job is."""
+        return await self.jobs.result(job_id, params.wait_ms / 1000)
 
     async def _get_job(self, params: GetJob, context: Context) -> Any:
         return await self.jobs.status(params.job_id, params.wait_ms / 1000)
@@ -129,11 +130,12 @@ class ModelService:
 
     # --- repeated requests ---
 
-    async def repeat(self, method: str, entry: Entry, params: Any) -> dict[str, Any]:
-        """The answer to a request whose effect is recorded in `entry`."""
+    async def repeat(self, method: str, entry: Entry, params: Any) -> dict[str, Any] | None:
+        """The answer to a request whose effect is recorded in `entry`; None if it came to nothing and may be tried
+        again."""
         record = entry.record
         if entry.op == "job.begin":
-            return await self.jobs.result(record["job"], params.wait_ms / 1000)
+            return None if self.jobs.may_be_tried_again(record["job"]) else await self.outcome(record["job"], params)
         if entry.op == "upload.begin":
             return cast(dict[str, Any], await self.uploads.describe(record["upload"]))
         if entry.op == "upload.end":

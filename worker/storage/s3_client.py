@@ -6,6 +6,7 @@ Retries are not its own (one attempt a call): tenacity owns the policy, else att
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ from botocore.loaders import Loader
 from botocore.session import Session
 from urllib3.exceptions import HTTPError
 
+from schemas.deadline import deadline
 from schemas.errors import ModelManagerError
 from worker.storage.blobstore import BlobMissing, StoreObserver
 from worker.threads import byte_threads, processor_threads
@@ -122,7 +124,9 @@ class S3Calls:
 
     async def leave(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for `work`, but not for long and not when cancelled; it goes on by itself, until `close` at most."""
-        task = asyncio.create_task(work)
+        context = contextvars.copy_context()
+        context.run(deadline.set, None)  # it is done all the more when the request has no time left
+        task = asyncio.create_task(work, context=context)
         self._left.add(task)
         task.add_done_callback(self._left.discard)
         await asyncio.wait({task}, timeout=LEAVE_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from schemas.errors import ModelManagerError
@@ -17,6 +17,10 @@ Progress = Callable[[str, int], None]
 
 # So many fit into any record, however long their paths are.
 FEW_FILES = 500
+# Of uploads that are not over; a file of theirs takes half a kilobyte of memory.
+_OPEN_MOST = 10_000
+_OPEN_FILES_MOST = 200_000
+_COME_BACK_MS = 60_000
 # As long as what the records of an upload have in these places; stores differ in how they name a multipart upload.
 _KEY = "blobs/" + "0" * 26
 _MULTIPART = "0" * 128
@@ -52,6 +56,14 @@ def check_plan(files: Sequence[UploadFile], *, in_parts: bool) -> None:
         store.append({**told, "mediaType": media_type(file.path)})
     check_fits("upload.begin", {"files": begin, "rest": _REST})
     check_fits("store", {"files": store, "metadata": _METADATA, "rest": _REST})
+
+
+def check_open(uploads: Iterable[UploadEntry], files: int) -> None:
+    """ERR_OVERLOADED if too many of these are not over for another one with so many files."""
+    counts = [len(upload.files) for upload in uploads if upload.over is None]
+    if len(counts) >= _OPEN_MOST or sum(counts) + files > _OPEN_FILES_MOST:
+        message = f"{len(counts)} uploads with {sum(counts)} files are not over."
+        raise ModelManagerError("ERR_OVERLOADED", message, retryAfterMs=_COME_BACK_MS)
 
 
 def planned_file(upload: UploadEntry, path: str) -> PlannedFile:

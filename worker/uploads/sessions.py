@@ -9,7 +9,7 @@ arrived is asked of the store.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 from urllib.parse import quote
@@ -37,7 +37,7 @@ from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore, StoredBlob, part_count
 from worker.uploads.parts import FilesInParts
-from worker.uploads.plan import Progress, advance, check_plan, incomplete, planned_file
+from worker.uploads.plan import Progress, advance, check_open, check_plan, incomplete, planned_file
 
 
 class UploadSessions:
@@ -66,6 +66,7 @@ class UploadSessions:
         if twin is not None:
             raise ModelManagerError("ERR_CONFLICT", f"The model {twin} differs in case only.", modelId=twin)
         check_plan(params.files, in_parts=self._parts is not None)
+        check_open(self._registry.catalog.uploads.values(), len(params.files))
         upload_id = new_ulid()
         held: list[str] = []
         try:
@@ -86,7 +87,7 @@ class UploadSessions:
         finally:
             self._registry.unpin(held)
         # No part can have arrived.
-        return self._reply(self.find(upload_id), {file["path"]: [] for file in planned})
+        return self._reply(self.find(upload_id), planned, {file["path"]: [] for file in planned})
 
     async def _begin(self, record: UploadBeginRecord, held: list[str]) -> None:
         try:
@@ -98,11 +99,11 @@ class UploadSessions:
             raise
 
     async def get(self, params: GetUpload, context: Context) -> GetUploadReply:
-        upload = self.find(params.upload_id)
         if params.path is None or params.parts is None:
-            return cast(GetUploadReply, await self._describe(upload))
+            return cast(GetUploadReply, await self.describe(params.upload_id))
+        upload = self._open(params.upload_id)
         planned = planned_file(upload, params.path)
-        reply = cast(GetUploadReply, self._reply(upload, await self._arrived(upload, [planned])))
+        reply = cast(GetUploadReply, self._reply(upload, upload.files, await self._arrived(upload, [planned])))
         reply["urls"] = await self._sign(upload, planned, [(p.number, hex_of(p.sha256)) for p in params.parts])
         return reply
 
@@ -270,7 +271,7 @@ class UploadSessions:
         """Give up the parts of an upload that ended without its bytes being needed; its blobs go with the clean-up."""
         self._forget(upload)
         if self._parts is not None:
-            await self._parts.abort(upload.files)
+            await self._parts.abort(await self._planned(upload))
 
     def overdue(self) -> list[str]:
         """The uploads that are not over and past their time."""
@@ -279,10 +280,8 @@ class UploadSessions:
         return [u.id for u in uploads if u.state in ("open", "completed") and u.expires < now]
 
     def _forget(self, upload: UploadEntry) -> None:
-        for file in upload.files:
-            received = self._received.pop((upload.id, file["path"]), None)
-            if received is not None:
-                self._registry.unpin([received.key])
+        for place in [place for place in self._received if place[0] == upload.id]:
+            self._registry.unpin([self._received.pop(place).key])
 
     async def stop(self) -> None:
         """Leave what is still to be tidied up to the clean-up of the next boot."""
@@ -297,6 +296,16 @@ class UploadSessions:
         if upload is None:
             raise ModelManagerError("ERR_NOT_FOUND", "There is no such upload.", uploadId=upload_id)
         return upload
+
+    async def _planned(self, upload: UploadEntry) -> Sequence[PlannedFile]:
+        """The files it was to bring."""
+        if upload.over is None:
+            return upload.files
+        try:
+            begin = await self._registry.record(upload.sequences[0])
+        except KeyError:
+            raise ModelManagerError("ERR_NOT_FOUND", "The upload is over for long.", uploadId=upload.id) from None
+        return cast("list[PlannedFile]", begin["files"])
 
     def _open(self, upload_id: str) -> UploadEntry:
         upload = self.find(upload_id)
@@ -323,9 +332,12 @@ class UploadSessions:
         return {} if self._parts is None or upload.state != "open" else await self._parts.arrived(files)
 
     async def _describe(self, upload: UploadEntry) -> UploadReply:
-        return self._reply(upload, await self._arrived(upload, upload.files))
+        files = await self._planned(upload)
+        return self._reply(upload, files, await self._arrived(upload, files))
 
-    def _reply(self, upload: UploadEntry, arrived: Mapping[str, list[int]]) -> UploadReply:
+    def _reply(
+        self, upload: UploadEntry, files: Sequence[PlannedFile], arrived: Mapping[str, list[int]]
+    ) -> UploadReply:
         return {
             "success": True,
             "uploadId": upload.id,
@@ -333,7 +345,7 @@ class UploadSessions:
             "version": upload.version,
             "state": upload.state,
             "expiresAt": timestamp(upload.expires),
-            "files": [self._file_state(upload, file, arrived.get(file["path"])) for file in upload.files],
+            "files": [self._file_state(upload, file, arrived.get(file["path"])) for file in files],
         }
 
     def _file_state(self, upload: UploadEntry, file: PlannedFile, arrived: list[int] | None) -> UploadFileState:
