@@ -33,6 +33,7 @@ from worker.transport.reply_addresses import NodeTrials, is_direct
 from worker.transport.rotation import Rotation
 
 PREFETCH = 64
+FLUSH_HINTS_S = 2.0
 _WAITING_METHODS = frozenset(name for name, method in METHODS.items() if "wait_ms" in method.params.model_fields)
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class AmqpTransport:
     async def drain(self, timeout_s: float) -> None:
         """Take no more work, give back what is not begun, let the rest finish for `timeout_s`, then give that back too.
 
-        Work that is cut off is cancelled. Hints are flushed within the same time.
+        Work that is cut off is cancelled. Hints are flushed within the same time, or lost after `FLUSH_HINTS_S`.
         """
         self._draining = True
         try:
@@ -145,7 +146,8 @@ class AmqpTransport:
                     task.cancel()
                 while self._tasks:
                     await asyncio.wait(self._tasks)
-                await self._outbox.wait_empty()
+                async with asyncio.timeout(FLUSH_HINTS_S):
+                    await self._outbox.wait_empty()
         except TimeoutError:
             await self._cancel_work()
 
