@@ -35,7 +35,9 @@ State = Literal["available", "quarantined", "deleted", "conflict", "pending"]
 Size = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Revision = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 MAX_WAIT_MS = 5000
-WaitMs = Annotated[int, Field(ge=0, le=MAX_WAIT_MS)]
+WaitMs = Annotated[
+    int, Field(ge=0, le=MAX_WAIT_MS, description="Waits at most so many milliseconds; a busy rack may answer earlier.")
+]
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -19,6 +20,15 @@ from schemas.errors import ModelManagerError
 
 MAX_BODY_BYTES = 2 * 1000 * 1000
 MAX_DEPTH = 64
+_JSON_TYPE = re.compile(r'application/json(?:[ \t]*;[ \t]*charset=(?:utf-?8|"utf-?8"))?', re.IGNORECASE)
+
+
+def is_json(content_type: str) -> bool:
+    """Whether it is JSON in UTF-8, said or not. No other parameter is known.
+
+    Not by the parser of the standard library: that one raises on some parameters (`a*=x; a*0=y`).
+    """
+    return _JSON_TYPE.fullmatch(content_type.strip()) is not None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

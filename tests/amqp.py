@@ -47,6 +47,15 @@ def broker_version(connection: AbstractConnection) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def close_connections(rabbitmq, name: str) -> None:
+    """Have the broker close the worker's connection of that name."""
+    listed = rabbitmq.ctl("list_connections", "pid", "client_properties", "--quiet")
+    pids = [line.split("\t")[0] for line in listed.splitlines() if name in line]
+    assert pids, f"there is no connection {name}"
+    for pid in pids:
+        rabbitmq.ctl("close_connection", pid, "test")
+
+
 class EffectDispatcher:
     """Does real work on a dictionary: `echo`, `count` (an effect by key), `slow` (until released), `fail`, `big`."""
 

@@ -12,7 +12,8 @@ class Context:
     """Who asks, and within what limits.
 
     `caller` is the identity the transport has verified, or "". `idempotency_key` is unique among the caller's requests.
-    `deadline` is in `time.monotonic()` seconds. The dispatcher fills in `idempotency`, for the record of the effect.
+    `deadline` is in `time.monotonic()` seconds. A request that `may_wait` not is answered as if its `waitMs` were 0: it
+    would keep others waiting. The dispatcher fills in `idempotency`, for the record of the effect.
     """
 
     caller: str = ""
@@ -20,4 +21,5 @@ class Context:
     deadline: float | None = None
     correlation_id: str = ""
     transport: str = "local"
+    may_wait: bool = True
     idempotency: Idempotency | None = None

@@ -180,7 +180,7 @@ class Dispatcher:
                 raise ModelManagerError("ERR_UNKNOWN_METHOD", f"There is no method {method[:64]!r}.")
             params = parse_params(known, parse_object(body) if isinstance(body, bytes) else body)
             if not known.effect or context.idempotency_key is None:
-                reply = await self._run(known, params, context)
+                reply = await self._run(known, _patient(params, context), context)
             else:
                 reply = await self._once(known, params, context)
             await self._vouched(known)
@@ -251,6 +251,7 @@ class Dispatcher:
         """Run a request that has an idempotency key: one effect, one answer, however often it comes."""
         idempotency = _idempotency(method, params, context)
         key = idempotency["key"]
+        params = _patient(params, context)
         while (running := self._running.get(key)) is not None:
             reply = await self._attach(running, idempotency["hash"], context)
             if reply is not None:
@@ -306,6 +307,13 @@ def _idempotency(method: Method, params: Wire, context: Context) -> Idempotency:
         "key": hashlib.sha256(key).hexdigest()[:32],
         "hash": hashlib.sha256(canonical(request)).hexdigest(),
     }
+
+
+def _patient(params: Wire, context: Context) -> Wire:
+    """The parameters, without a `waitMs` if the request may not wait. Its hash is that of what it asked for."""
+    if context.may_wait or not hasattr(params, "wait_ms"):
+        return params
+    return params.model_copy(update={"wait_ms": 0})
 
 
 def parse_params(method: Method, params: dict[str, Any]) -> Wire:

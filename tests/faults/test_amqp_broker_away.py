@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -62,3 +63,11 @@ async def test_closing_a_worker_whose_broker_never_was_there_is_prompt(rack: str
             await served.transport.drain(1)
             await served.transport.close()
         assert served.transport.status.reason
+
+
+async def test_a_hint_that_cannot_be_sent_does_not_take_the_time_of_the_drain(rack: str) -> None:
+    async with serving("amqp://guest:guest@127.0.0.1:1/", rack, wait=False, delete=False) as served:
+        served.transport.announce(head_hint(rack=rack, epoch=1, head=1, time_ms=0))
+        started = time.monotonic()
+        await served.transport.drain(30)
+        assert time.monotonic() - started < 10

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.amqp import PATIENCE_S, Caller, Served, calling, eventually, serving
+from tests.amqp import PATIENCE_S, Caller, Served, calling, close_connections, eventually, serving
 from tests.ledger.proxy import Proxy
 from worker.transport import connections, consuming, replies, topology
 from worker.transport.reply_addresses import DIRECT_PREFIX, node_of
@@ -20,15 +20,6 @@ FORGED = {
     "another node": "g1h2AAtyZXBseUAxMjM0NQAAA5MAAAAAawT3ew==.9SAiEhneZsLVRwoRjfEkWg==",
     "a node of no reply": "g1h2AA5taW5lQGxvY2FsaG9zdAAAA5MAAAAAawT3ew==.9SAiEhneZsLVRwoRjfEkWg==",
 }
-
-
-def close_connections(rabbitmq, name: str) -> None:
-    """Have the broker close the worker's connection of that name."""
-    listed = rabbitmq.ctl("list_connections", "pid", "client_properties", "--quiet")
-    pids = [line.split("\t")[0] for line in listed.splitlines() if name in line]
-    assert pids, f"there is no connection {name}"
-    for pid in pids:
-        rabbitmq.ctl("close_connection", pid, "test")
 
 
 async def expect_one_consumer(caller: Caller, served: Served) -> None:

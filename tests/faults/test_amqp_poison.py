@@ -11,6 +11,8 @@ from aiormq.abc import DeliveredMessage
 from pamqp import decode
 
 from tests.amqp import calling, eventually, serving
+from worker.transport import deliveries
+from worker.transport.hot_channel import Message
 
 pytestmark = pytest.mark.broker
 
@@ -73,6 +75,39 @@ async def test_headers_that_cannot_be_read_are_refused(amqp_url: str, rack: str,
         assert dead.body == b'{"a":1}'
         assert served.dispatcher.effects == {}
         assert served.observer.counts["redelivered"] == 0
+
+
+async def test_a_content_type_that_parsers_stumble_over_is_refused_and_costs_no_connection(
+    amqp_url: str, rack: str
+) -> None:
+    async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
+        reply = await caller.call("echo", content_type="application/json; a*=x; a*0=y")
+        assert reply.code == "ERR_INVALID_REQUEST"
+        assert (await caller.call("echo")).body["success"]
+        assert served.observer.counts["reconnected"] == 0
+
+
+async def test_a_request_that_fails_while_it_is_read_is_dead_lettered_and_costs_no_connection(
+    amqp_url: str, rack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_method = deliveries._method
+
+    def broken(message: Message) -> str:
+        if message.body == b"poison":
+            raise TypeError("planted")
+        return read_method(message)
+
+    monkeypatch.setattr(deliveries, "_method", broken)
+    async with serving(amqp_url, rack) as served, calling(amqp_url, rack) as caller:
+        await caller.publish("echo", b"poison")
+        dead = await caller.dead_letter()
+        headers = dead.header.properties.headers or {}
+        assert (headers["x-error-code"], headers["x-error-message"]) == (
+            "ERR_INVALID_REQUEST",
+            "The request cannot be read.",
+        )
+        assert (await caller.call("echo")).body["success"]
+        assert served.observer.counts["reconnected"] == served.observer.counts["redelivered"] == 0
 
 
 @pytest.mark.parametrize("poison", POISON.values(), ids=POISON.keys())

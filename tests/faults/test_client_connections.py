@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import aiormq
 import pytest
+from aio_pika import Connection
 
 from schemas.errors import ModelManagerError
 from tests.amqp import calling as bystander
@@ -13,6 +15,7 @@ from tests.amqp import eventually, serving
 from tests.amqp_caller import calling
 from tests.ledger.proxy import Proxy
 from worker.client import amqp_caller
+from worker.client import hints as listening
 from worker.transport import topology
 
 pytestmark = pytest.mark.broker
@@ -113,3 +116,20 @@ async def test_without_an_answer_a_call_that_was_sent_again_ends_at_its_deadline
         assert served.dispatcher.started["slow"] >= 2
         served.dispatcher.released.set()
         await eventually(lambda: served.dispatcher.effects.total() == 1)
+
+
+async def test_a_listener_leaves_a_connection_that_does_not_close_in_its_time(
+    amqp_url: str, rack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close, closings = Connection.close, iter([60.0])
+
+    async def hesitant(connection: Connection) -> None:
+        await asyncio.sleep(next(closings, 0))
+        await close(connection)
+
+    monkeypatch.setattr(listening, "_CLOSE_S", SOON_S)
+    async with serving(amqp_url, rack):
+        async with listening.hints(amqp_url, rack):
+            monkeypatch.setattr(Connection, "close", hesitant)
+            left = time.monotonic()
+        assert time.monotonic() - left < 10 * SOON_S

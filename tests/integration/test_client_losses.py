@@ -184,6 +184,15 @@ async def test_hints_end_aloud_when_their_connection_is_cut(amqp_url: str, rack:
             await asyncio.wait_for(anext(heard), 20)
 
 
+async def test_hints_end_aloud_when_their_queue_is_deleted(rabbitmq: RabbitMQ, rack: str) -> None:
+    async with serving(rabbitmq.url, rack), hints(rabbitmq.url, rack) as heard:
+        listed = await asyncio.to_thread(rabbitmq.ctl, "list_queues", "name", "--quiet")
+        [queue] = [name for name in listed.split() if name.startswith(f"model-manager-{rack}.hints.")]
+        await asyncio.to_thread(rabbitmq.ctl, "delete_queue", queue)
+        with pytest.raises(Unreachable, match="lost"):
+            await asyncio.wait_for(anext(heard), 20)
+
+
 @pytest.mark.parametrize("address", ["amqp://guest:se/cret@127.0.0.1/", "nonsense"])
 async def test_listening_at_what_is_no_address_is_refused_in_words_that_hold_nothing_of_it(address: str) -> None:
     with pytest.raises(ModelManagerError, match="is not an AMQP URL") as refused:

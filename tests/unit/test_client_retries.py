@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import re
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -115,3 +116,36 @@ def test_every_method_is_there_with_all_its_parameters_and_says_what_it_does(met
 
 def snake(name: str) -> str:
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)
+
+
+class Busy:
+    """A rack that lets nobody wait: it answers at once, with nothing the first times."""
+
+    def __init__(self, *replies: dict[str, Any]) -> None:
+        self._replies = list(replies)
+        self.asked_at: list[float] = []
+
+    async def call(self, method: str, params: dict[str, Any], **_: Any) -> dict[str, Any]:
+        self.asked_at.append(time.monotonic())
+        return self._replies.pop(0)
+
+    @property
+    def pauses_s(self) -> list[float]:
+        return [later - earlier for earlier, later in pairwise(self.asked_at)]
+
+
+async def test_a_rack_that_does_not_let_wait_for_a_job_is_not_asked_at_once_again() -> None:
+    running = {"success": True, "state": "running", "progress": {}}
+    busy = Busy(running, running, {**running, "state": "succeeded", "result": {"n": 1}})
+    client = ModelManagerClient(busy, timeout_s=0.4)  # type: ignore[arg-type]
+    assert await client.outcome({"jobId": "J"}) == {"n": 1}
+    assert min(busy.pauses_s) >= 0.19
+
+
+async def test_a_rack_that_does_not_let_wait_for_a_change_is_not_asked_at_once_again() -> None:
+    busy = Busy({"changes": [], "next": 1}, {"changes": [{"n": 2}], "next": 2}, {"changes": [{"n": 3}], "next": 3})
+    client = ModelManagerClient(busy, timeout_s=0.4)  # type: ignore[arg-type]
+    changes = client.follow(1, 1)
+    assert [await anext(changes), await anext(changes)] == [{"n": 2}, {"n": 3}]
+    first, second = busy.pauses_s
+    assert first >= 0.19 > second, "where there are changes, there may be more"

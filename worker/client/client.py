@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +40,7 @@ class _Absent:
 
 ABSENT: Final = _Absent()
 DEFAULT_TIMEOUT_S = 30.0
+_PAUSE_S = 1.0
 
 
 class ModelManagerClient:
@@ -280,6 +283,7 @@ class ModelManagerClient:
         if "jobId" not in reply:
             return reply
         while True:
+            asked_at = time.monotonic()
             status = await self.get_job(reply["jobId"], wait_ms=self._wait_ms)
             report(step, status["progress"].get("bytes", 0), status["progress"].get("totalBytes", 0))
             if status["state"] == "succeeded":
@@ -288,6 +292,7 @@ class ModelManagerClient:
                 raise error_of(status)
             if status["state"] == "cancelled":
                 raise ModelManagerError("ERR_CONFLICT", "The job was cancelled.", jobId=reply["jobId"])
+            await self._pause(asked_at)
 
     # --- uploads ---
 
@@ -355,10 +360,17 @@ class ModelManagerClient:
         Raises as `get_changes` does. A rack that is away for longer than `timeout_s` ends it: begin again where it was.
         """
         while True:
+            asked_at = time.monotonic()
             page = await self.get_changes(epoch, after, wait_ms=self._wait_ms)
             for change in page["changes"]:
                 yield change
             after = page["next"]
+            if not page["changes"]:
+                await self._pause(asked_at)
+
+    async def _pause(self, asked_at: float) -> None:
+        """After an answer with nothing in it: where no place to wait is free, one question a second is enough."""
+        await asyncio.sleep(asked_at + min(_PAUSE_S, self._wait_ms / 1000) - time.monotonic())
 
     @property
     def _wait_ms(self) -> int:

@@ -16,18 +16,19 @@ from schemas.hints import Hint
 from schemas.ids import new_ulid
 from schemas.wire import parse_object
 from worker.client.caller import Unreachable
-from worker.client.connecting import CONNECT_S, connect, losses
+from worker.client.connecting import CONNECT_S, close, connect, losses
 
 HINTS_EXCHANGE = "model-manager.hints"
 _MAX_WAITING = 10_000
+_CLOSE_S = 5.0
 
 
 @asynccontextmanager
 async def hints(url: str, listener: str) -> AsyncIterator[AsyncIterator[Hint]]:
     """The hints of all racks, from entering the block on; `listener` is the rack this is for, in the queue's name.
 
-    The iterator ends with `Unreachable` when the connection is lost: enter again, and ask `getChanges` for what was
-    announced meanwhile. The oldest of more than 10,000 hints that nobody has taken are dropped. Raises
+    The iterator ends with `Unreachable` when the connection or its queue is lost: enter again, and ask `getChanges` for
+    what was announced meanwhile. The oldest of more than 10,000 hints that nobody has taken are dropped. Raises
     `Unreachable`, ERR_UNAUTHORIZED or ERR_FORBIDDEN when the broker refuses, ERR_INVALID_REQUEST for what is no `url`.
 
         async with hints("amqp://guest:guest@127.0.0.1/", "rack-2") as heard:
@@ -56,7 +57,7 @@ async def hints(url: str, listener: str) -> AsyncIterator[AsyncIterator[Hint]]:
             raise Unreachable("No rack is set up on that broker: it has no exchange for hints.") from None
         yield _until_lost(waiting)
     finally:
-        await connection.close()
+        await close(connection, within_s=_CLOSE_S)
 
 
 async def _consume(
@@ -69,6 +70,8 @@ async def _consume(
         channel = await connection.channel()
         connection.close_callbacks.add(lost)
         channel.close_callbacks.add(lost)
+        # The broker cancels the consumer when the queue goes, as with its node: nothing would come any more.
+        (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(lost)
         # Not named by the broker, since callers may have replies sent to `amq.gen-*`.
         queue = await channel.declare_queue(f"model-manager-{listener}.hints.{new_ulid()}", exclusive=True)
         await queue.bind(HINTS_EXCHANGE)

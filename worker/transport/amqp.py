@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from schemas.errors import ModelManagerError
 from schemas.hints import Hint
+from schemas.rpc import METHODS
 from worker.context import Context
 from worker.transport import topology
 from worker.transport.amqp_observer import AmqpObserver, SilentObserver
@@ -32,6 +33,8 @@ from worker.transport.reply_addresses import NodeTrials, is_direct
 from worker.transport.rotation import Rotation
 
 PREFETCH = 64
+FLUSH_HINTS_S = 2.0
+_WAITING_METHODS = frozenset(name for name, method in METHODS.items() if "wait_ms" in method.params.model_fields)
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ class AmqpTransport:
     """Serves one rack's request queue.
 
     `provision` allows it to create the topology, otherwise it only checks it. `prefetch`
-    bounds the requests in work.
+    bounds the requests in work; half of them may be waiting for a change or a job, the others are there for the rest.
     """
 
     def __init__(
@@ -96,6 +99,8 @@ class AmqpTransport:
             for role, session in (("publish", self._publisher.session), ("consume", self._consumer.session))
         }
         self._rotation = Rotation(broker.files, list(self._links.values()))
+        self._waiting_most = prefetch // 2
+        self._waiting = 0
         self._degraded: tuple[str, ...] = ()
         self._connected = False
         self._reconnections = 0
@@ -131,7 +136,7 @@ class AmqpTransport:
     async def drain(self, timeout_s: float) -> None:
         """Take no more work, give back what is not begun, let the rest finish for `timeout_s`, then give that back too.
 
-        Work that is cut off is cancelled. Hints are flushed within the same time.
+        Work that is cut off is cancelled. Hints are flushed within the same time, or lost after `FLUSH_HINTS_S`.
         """
         self._draining = True
         try:
@@ -141,7 +146,8 @@ class AmqpTransport:
                     task.cancel()
                 while self._tasks:
                     await asyncio.wait(self._tasks)
-                await self._outbox.wait_empty()
+                async with asyncio.timeout(FLUSH_HINTS_S):
+                    await self._outbox.wait_empty()
         except TimeoutError:
             await self._cancel_work()
 
@@ -206,7 +212,7 @@ class AmqpTransport:
         if refusal is None:
             if request.queue_wait_s is not None:
                 self._observer.queue_wait(request.queue_wait_s)
-            reply = await self._dispatcher.answer(request.method, request.body, request.context)
+            reply = await self._answer(delivery, request)
         else:
             reply = refusal.body()
         if reply_to:
@@ -215,6 +221,18 @@ class AmqpTransport:
             # Nobody is told, so the dead letter tells it.
             await self._dead_letter(delivery, reply["error"])
         delivery.ack()
+
+    async def _answer(self, delivery: Delivery, request: Request) -> dict[str, Any]:
+        if request.method not in _WAITING_METHODS:
+            return await self._dispatcher.answer(request.method, request.body, request.context)
+        # Redeliveries come one at a time at first, and the caller may have gone.
+        may_wait = self._waiting < self._waiting_most and not delivery.message.redelivered
+        self._waiting += may_wait
+        try:
+            context = replace(request.context, may_wait=may_wait)
+            return await self._dispatcher.answer(request.method, request.body, context)
+        finally:
+            self._waiting -= may_wait
 
     async def _dead_letter(self, delivery: Delivery, error: dict[str, Any]) -> None:
         if not await self._publisher.dead_letter(delivery.message, error["code"], error["message"]):

@@ -6,8 +6,8 @@ Nothing here judges the body: its bytes go to the dispatcher as they are.
 from __future__ import annotations
 
 import datetime
-import email.message
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from pamqp.commands import Basic
 
 from schemas.errors import ModelManagerError
 from schemas.ids import MAX_INTEGER
-from schemas.wire import MAX_BODY_BYTES
+from schemas.wire import MAX_BODY_BYTES, is_json
 from worker.context import Context
 from worker.transport.amqp_decoding import UnreadableTable, printable
 from worker.transport.amqp_observer import AmqpObserver
@@ -27,6 +27,7 @@ from worker.transport.hot_channel import Message
 from worker.transport.reply_addresses import is_direct, is_exclusive, is_permitted
 
 MAX_KEY_CHARACTERS = 128
+_log = logging.getLogger(__name__)
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -50,6 +51,23 @@ class Request:
 
 def read_request(message: Message) -> Request:
     """Read a delivery by the contract, and never raise: what is wrong with it is its `refusal`."""
+    try:
+        return _read(message)
+    except Exception:  # noqa: BLE001 - raised, it would end the connection and cost every neighbour a delivery
+        _log.exception("A delivery could not be read")
+        return Request(
+            method="",
+            body=message.body,
+            reply_to="",
+            correlation_id="",
+            context=Context(transport="amqp"),
+            refusal=_invalid("The request cannot be read."),
+            traceparent=None,
+            queue_wait_s=None,
+        )
+
+
+def _read(message: Message) -> Request:
     properties = message.properties
     headers: Mapping[str, Any] = {} if properties.headers is None else properties.headers
     reply_to = properties.reply_to or ""
@@ -92,20 +110,12 @@ def _check_envelope(message: Message, headers: Mapping[str, Any]) -> None:
     properties = message.properties
     if isinstance(headers, UnreadableTable):
         raise _invalid("The header table cannot be decoded.")
-    if properties.content_type not in (None, "", "application/json"):
-        _check_content_type(printable(properties.content_type))
+    if properties.content_type not in (None, "", "application/json") and not is_json(properties.content_type):
+        raise _invalid("content_type must be application/json, in UTF-8.")
     if properties.content_encoding:
         raise _invalid("content_encoding must be absent.")
     if len(message.body) > MAX_BODY_BYTES:
         raise _invalid(f"The body is over {MAX_BODY_BYTES} bytes.", maxBodySize=MAX_BODY_BYTES)
-
-
-def _check_content_type(value: str) -> None:
-    parsed = email.message.Message()
-    parsed["content-type"] = value.replace("\r", " ").replace("\n", " ")
-    charset = str(parsed.get_param("charset", "utf-8")).lower()
-    if parsed.get_content_type() != "application/json" or charset not in ("utf-8", "utf8"):
-        raise _invalid("content_type must be application/json, in UTF-8.")
 
 
 def _method(message: Message) -> str:

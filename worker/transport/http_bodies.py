@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, cast
@@ -12,15 +11,14 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestPayloadError
 
-from schemas.wire import MAX_BODY_BYTES, parse_object
+from schemas.wire import MAX_BODY_BYTES, is_json, parse_object
 from worker.transport.http_connection import Connection
 from worker.transport.http_intake import LEAST_BYTES, PIECE_BYTES, Intake, late, lost
-from worker.transport.http_replies import CLOSE, JSON_TYPE, HttpFault
+from worker.transport.http_replies import CLOSE, HttpFault
 
 # A batch must be full within the idle timeout, which is a lowest rate: 4 kB/s at 60 s.
 BATCH_BYTES = LEAST_BYTES
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_JSON = re.compile(rf'{re.escape(JSON_TYPE)}(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
 
 
 class RequestBody:
@@ -57,7 +55,7 @@ class RequestBody:
         if not self.present:
             return {}
         content_type = self._request.headers.get("Content-Type")
-        if content_type is not None and not _JSON.fullmatch(content_type.strip()):
+        if content_type is not None and not is_json(content_type):
             raise HttpFault(415, "The body must be application/json in UTF-8.")
         return parse_object(await self._whole(MAX_BODY_BYTES))
 

@@ -207,7 +207,7 @@ class Publisher:
 
         LinkLostError: not confirmed within `PATIENCE_S`.
         """
-        properties = _dead_letter_properties(message, code, reason)
+        properties = dead_letter_properties(message, code, reason)
         try:
             # One at a time: the copy keeps its message_id, and aiormq finds returned messages by it.
             async with self._dead_letter_lock:
@@ -310,7 +310,7 @@ def encode_reply(reply: dict[str, Any]) -> bytes:
     return body
 
 
-def _dead_letter_properties(message: Message, code: str, reason: str) -> Basic.Properties:
+def dead_letter_properties(message: Message, code: str, reason: str) -> Basic.Properties:
     """The message's own properties and the reason, without what would expire, divert or refuse the copy."""
     original = message.properties
     refused: FieldTable = {
