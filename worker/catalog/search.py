@@ -137,7 +137,7 @@ def _milliseconds(moment: str | None) -> int | None:
 
 
 async def page(catalog: Catalog, query: Query, *, look: Look, limit: int, cursor: str | None) -> ListReply:
-    """One page. It may end early, with `nextCursor`, when it took `TIME_LIMIT_S` or reached `PAGE_BYTES` of JSON; only an
+    """One page. It may end early, with `nextCursor`, when it took `TIME_LIMIT_S` or has `PAGE_BYTES` of JSON; only an
     order that is made, on a thread, is waited for.
     """
     last = start_key(query.sort) if cursor is None else _decode(cursor, query)
