@@ -55,6 +55,7 @@ class ServiceIsADict(RuleBasedStateMachine):
         self.rack = self.loop.run_until_complete(self._open())
         self.models: dict[str, Model] = {}
         self.answers: dict[str, tuple[Any, Any]] = {}  # key -> request, reply
+        self.unrecorded: set[str] = set()  # those of them that no record has
 
     async def _open(self) -> LocalRack:
         return LocalRack(self.folder).open()
@@ -80,9 +81,14 @@ class ServiceIsADict(RuleBasedStateMachine):
             return None
         return reply
 
-    def had_effect(self, key: str | None, method: str, params: dict[str, Any], reply: Any) -> None:
+    def answered(
+        self, key: str | None, method: str, params: dict[str, Any], reply: Any, *, recorded: bool = True
+    ) -> None:
+        """A repeat gets this answer: until a restart, if it had no effect whose record would tell."""
         if key is not None:
             self.answers[key] = ((method, params), reply)
+            if not recorded:
+                self.unrecorded.add(key)
 
     def live(self, model: str, version: str) -> Version | None:
         found = self.models.get(model, Model()).versions.get(version)
@@ -106,14 +112,13 @@ class ServiceIsADict(RuleBasedStateMachine):
             assert reply["checksum"] == "sha256:" + hashlib.sha256(data).hexdigest()
             stored = Version(data, {**metadata, "description": ""})
             self.models.setdefault(model, Model()).versions[version] = stored
-            self.had_effect(key, "storeModel", params, reply)
+            self.answered(key, "storeModel", params, reply)
         elif existing.data != data:
             assert reply == "ERR_MODEL_ALREADY_EXISTS"
         else:
             assert reply["created"] is False
-            if existing.deleted:
-                existing.deleted = False
-                self.had_effect(key, "storeModel", params, reply)
+            had_effect, existing.deleted = existing.deleted, False
+            self.answered(key, "storeModel", params, reply, recorded=had_effect)
 
     @rule(model=MODELS, version=VERSIONS, note=st.one_of(st.none(), st.integers(0, 3)), key=KEYS)
     def update(self, model: str, version: str, note: int | None, key: str | None) -> None:
@@ -128,7 +133,7 @@ class ServiceIsADict(RuleBasedStateMachine):
         found.revision += 1
         found.metadata = {k: v for k, v in {**found.metadata, "note": note}.items() if v is not None}
         assert (reply["revision"], reply["metadata"]) == (found.revision, found.metadata)
-        self.had_effect(key, "updateModelMetadata", params, reply)
+        self.answered(key, "updateModelMetadata", params, reply)
 
     @rule(model=MODELS, version=VERSIONS, revision=st.integers(1, 3))
     def update_expecting(self, model: str, version: str, revision: int) -> None:
@@ -167,7 +172,7 @@ class ServiceIsADict(RuleBasedStateMachine):
                 known.versions[name].deleted = True
         if not known.versions:
             del self.models[model]
-        self.had_effect(key, "deleteModel", params, reply)
+        self.answered(key, "deleteModel", params, reply)
 
     @rule(model=MODELS, version=st.one_of(st.none(), VERSIONS))
     def restore(self, model: str, version: str | None) -> None:
@@ -216,6 +221,9 @@ class ServiceIsADict(RuleBasedStateMachine):
             return await self._open()
 
         self.rack = self.loop.run_until_complete(again())
+        for key in self.unrecorded:
+            del self.answers[key]
+        self.unrecorded.clear()
 
     # --- what callers see ---
 
