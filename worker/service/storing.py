@@ -131,7 +131,7 @@ class Storing:
 
     async def _store_uploaded(self, params: StoreModel, context: Context) -> StoreReply:
         upload = self._uploads.completed(params.upload_id or "", params.model_id, params.metadata.version)
-        files = list(upload.stored_files)
+        files = await self._uploads.stored_files(upload)
         wanted = _Wanted(
             params.model_id, params.metadata, tuple((file["path"], file["size"], file["sha256"]) for file in files)
         )

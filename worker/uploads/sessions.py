@@ -297,15 +297,20 @@ class UploadSessions:
             raise ModelManagerError("ERR_NOT_FOUND", "There is no such upload.", uploadId=upload_id)
         return upload
 
+    async def stored_files(self, upload: UploadEntry) -> list[StoredFile]:
+        """The verified files of an upload that was completed."""
+        return list(upload.stored_files if upload.over is None else (await self._record(upload, 1))["files"])
+
     async def _planned(self, upload: UploadEntry) -> Sequence[PlannedFile]:
         """The files it was to bring."""
-        if upload.over is None:
-            return upload.files
+        return upload.files if upload.over is None else (await self._record(upload, 0))["files"]
+
+    async def _record(self, upload: UploadEntry, number: int) -> Any:
+        """One of its records, which are all that has the files of an upload that is over."""
         try:
-            begin = await self._registry.record(upload.sequences[0])
+            return await self._registry.record(upload.sequences[number])
         except KeyError:
             raise ModelManagerError("ERR_NOT_FOUND", "The upload is over for long.", uploadId=upload.id) from None
-        return cast("list[PlannedFile]", begin["files"])
 
     def _open(self, upload_id: str) -> UploadEntry:
         upload = self.find(upload_id)
