@@ -20,15 +20,14 @@ from schemas.ids import LATEST
 from schemas.journal import StoredFile
 from schemas.wire import timestamp
 from worker.catalog.blobs import BlobIndex
-from worker.catalog.entries import Deletion, JobEntry, ModelEntry, UploadEntry, VersionEntry
+from worker.catalog.entries import Deletion, ModelEntry, VersionEntry
 from worker.catalog.entry_cache import EntryCache
 from worker.catalog.order import Order, Rows
 from worker.catalog.records import AppendedEntry, IndexedLine, IndexedRecord, IndexedRequest, indexed
 from worker.catalog.requests import RememberedRequest, RememberedRequests
 from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, VersionTable
+from worker.catalog.work import Work
 
-KEPT_MS = 7 * 24 * 3600 * 1000  # uploads and jobs, after they ended
-_KEPT_MOST = 10_000
 _CACHED_BYTES = 16 * 1024 * 1024  # of lines; their entries, with a reply each, take some five times as much
 
 
@@ -57,14 +56,14 @@ class Catalog:
     def __init__(self, records: Records) -> None:
         self.totals = Totals()
         self.table = VersionTable()
-        self.uploads: dict[str, UploadEntry] = {}
-        self.jobs: dict[str, JobEntry] = {}
         self.requests = RememberedRequests()
         self.deleted: dict[int, Deletion] = {}  # by row
         self.restored: dict[int, int] = {}  # row -> sequence of the last `restore`
         self.aliases: dict[str, dict[str, tuple[str, int]]] = {}  # model in lower case -> alias -> version, sequence
         self.by_tag: dict[str, array[int]] = {}  # rows, ascending; see `tagged`
         self.blobs = BlobIndex(self)  # needed by versions, deleted ones inside their undo window included, and uploads
+        self._work = Work(self.blobs)
+        self.uploads, self.jobs = self._work.uploads, self._work.jobs
         self.orders: dict[str, Order] = {}
         self.tombstones = array("Q")  # sequences of what took something away or back
         self.tombstone_times = array("Q")  # their times, unix ms
@@ -79,10 +78,10 @@ class Catalog:
             "restore": self._restore,
             "purge": self._purge,
             "alias": self._alias,
-            "upload.begin": self._upload_begin,
-            "upload.end": self._upload_end,
-            "job.begin": self._job_begin,
-            "job.end": self._job_end,
+            "upload.begin": self._work.begin_upload,
+            "upload.end": self._work.end_upload,
+            "job.begin": self._work.begin_job,
+            "job.end": self._work.end_job,
         }
 
     # --- reading ---
@@ -233,7 +232,7 @@ class Catalog:
                     rows = by_tag[tag] = array("I")
                 rows.append(row)
             if record.upload:
-                self._upload_stored(record.upload, line.sequence, line.time_ms)
+                self._work.store_upload(record.upload, line.sequence, line.time_ms)
             if record.idem is not None:
                 self._take_request(record.idem, line)
 
@@ -264,7 +263,7 @@ class Catalog:
             self._tag(row, record["metadata"])
             if "upload" in record:
                 entry = entries[row - first]
-                self._upload_stored(record["upload"], entry.sequence, entry.time_ms)
+                self._work.store_upload(record["upload"], entry.sequence, entry.time_ms)
 
     def _update(self, record: Any, sequence: int, time_ms: int) -> None:
         row = self.table.find(record["model"], record["version"])
@@ -279,7 +278,7 @@ class Catalog:
             self._tag(row, record["metadata"])
             self.blobs.note(row, record.get("wrong", ()), record.get("moved", ()))
         if "upload" in record:
-            self._upload_stored(record["upload"], sequence, time_ms)
+            self._work.store_upload(record["upload"], sequence, time_ms)
 
     def _delete(self, record: Any, sequence: int, time_ms: int) -> None:
         self._note_tombstone(sequence, time_ms)
@@ -360,50 +359,6 @@ class Catalog:
             if not aliases:
                 del self.aliases[model.lower()]
 
-    def _upload_begin(self, record: Any, sequence: int, time_ms: int) -> None:
-        upload = UploadEntry(
-            record["upload"], record["model"], record["version"], tuple(record["files"]), record["expires"]
-        )
-        upload.sequences.append(sequence)
-        self.uploads[upload.id] = upload
-        self.blobs.hold(upload.keys)
-        _drop_over(self.uploads, time_ms)
-
-    def _upload_end(self, record: Any, sequence: int, time_ms: int) -> None:
-        upload = self.uploads.get(record["upload"])
-        if upload is None:
-            return
-        before = upload.keys
-        upload.state = record["state"]
-        upload.stored_files = tuple(record.get("files", ()))
-        upload.sequences.append(sequence)
-        self.blobs.use(upload.stored_files)
-        self.blobs.release(before)
-        if upload.state != "completed":
-            upload.end(time_ms)
-
-    def _upload_stored(self, upload_id: str, sequence: int, time_ms: int) -> None:
-        upload = self.uploads.get(upload_id)
-        if upload is not None:
-            self.blobs.release(upload.keys)
-            upload.state = "stored"
-            upload.sequences.append(sequence)
-            upload.end(time_ms)
-
-    def _job_begin(self, record: Any, sequence: int, time_ms: int) -> None:
-        job = JobEntry(record["job"], record["method"], record["params"], record["created"])
-        job.sequences.append(sequence)
-        self.jobs[job.id] = job
-        _drop_over(self.jobs, time_ms)
-
-    def _job_end(self, record: Any, sequence: int, time_ms: int) -> None:
-        job = self.jobs.get(record["job"])
-        if job is not None:
-            job.state = record["state"]
-            job.error = record.get("error")
-            job.sequences.append(sequence)
-            job.over = time_ms
-
     # --- what is seen ---
 
     def _show(self, row: int) -> None:
@@ -447,12 +402,3 @@ class _Versions(Mapping[str, VersionEntry]):
 
     def __len__(self) -> int:
         return len(self._rows)
-
-
-def _drop_over(entries: dict[str, Any], now_ms: int) -> None:
-    """Drop the oldest entries that are over, while their time is, or there are more than are kept."""
-    over = [key for key, entry in entries.items() if entry.over is not None]
-    for key in over:
-        if len(entries) <= _KEPT_MOST and entries[key].over >= now_ms - KEPT_MS:
-            return
-        del entries[key]

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from worker.catalog.catalog import KEPT_MS, Catalog
+from worker.catalog.catalog import Catalog
 from worker.catalog.entries import JobEntry, UploadEntry
 from worker.catalog.requests import REMEMBERED_MS
 from worker.catalog.table import FORGOTTEN
+from worker.catalog.work import KEPT_MS
 
 TOMBSTONE_MS = 30 * 24 * 3600 * 1000  # no shorter than what any other record is kept for
 _NEVER = 2**63

@@ -74,7 +74,7 @@ def load_catalog(catalog: Catalog, parts: dict[str, memoryview]) -> bool:
         catalog.uploads[entry.id] = entry
         catalog.blobs.hold(entry.keys if entry.state == "open" else ())
         catalog.blobs.use(entry.stored_files if entry.state == "completed" else ())
-    catalog.jobs = {job["id"]: JobEntry(**job) for job in rest["jobs"]}
+    catalog.jobs.update((job["id"], JobEntry(**job)) for job in rest["jobs"])
     catalog.requests.load(rest["requests"])
     rows, start = parts["tagRows"], 0
     for tag, length in rest["tags"]:
