@@ -240,10 +240,12 @@ class Dispatcher:
         lane = self._waiting if method.name in _WAITS else self._lanes[method.lane]
         async with self._admission(method, context, lane):
             reply: dict[str, Any] = await self._service.handlers[method.name](params, context)
-        if method.job:
-            async with _Admission(self._waiting, context.deadline):
-                reply = await self._service.outcome(reply["jobId"], params)
-        return reply
+        if not method.job:
+            return reply
+        if not getattr(params, "wait_ms", 0):  # or a job that has begun would be refused for those who wait
+            return await self._service.outcome(reply["jobId"], params)
+        async with _Admission(self._waiting, context.deadline):
+            return await self._service.outcome(reply["jobId"], params)
 
     # --- repeats ---
 

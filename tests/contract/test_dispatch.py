@@ -81,6 +81,22 @@ async def test_who_waits_for_a_job_takes_no_place_from_lookups_and_writes(rack: 
     assert all(reply["success"] for reply in await asyncio.gather(*waiting))
 
 
+async def test_who_does_not_wait_for_a_job_is_not_refused_for_those_who_do(
+    rack: LocalRack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.dispatch._WAITING_REQUESTS", 1)
+    dispatcher, _ = gated(rack, "restoreModel")
+    await rack.store_bytes("net", "1.0.0", b"x")
+    head = {"epoch": rack.registry.journal.epoch, "after": rack.registry.journal.head, "waitMs": 5000}
+    waiting = [asyncio.create_task(dispatcher.call("getChanges", head, Context())) for _ in range(5)]
+    await asyncio.sleep(0)
+    begun = await dispatcher.call("validateModel", {"modelId": "net", "waitMs": 0}, Context())
+    assert begun["jobId"]
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+
+
 async def test_beyond_the_waiting_room_a_lane_says_when_to_come_back(rack: LocalRack) -> None:
     dispatcher, gate = gated(rack, "restoreModel")
     inside = [asyncio.create_task(dispatcher.call("restoreModel", {"modelId": "a"}, Context())) for _ in range(10)]
