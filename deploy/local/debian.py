@@ -14,6 +14,7 @@ from pathlib import Path
 
 from deploy.local.cache import cache, lock
 from deploy.local.console import working
+from deploy.local.quietly import run_quietly
 from deploy.local.server import Unavailable
 
 MAKE = Path(__file__).parents[1] / "images" / "debian-root.sh"
@@ -43,21 +44,9 @@ def make(suite: str, made: Path) -> None:
         tempfile.TemporaryDirectory(prefix="build-", dir=cache()) as folder,
         working(f"making a Debian {suite} with {PACKAGE}, once"),
     ):
-        try:
-            done = subprocess.run(
-                [str(MAKE), suite, f"{folder}/root", PACKAGE],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=MAKE_S,
-            )
-        except subprocess.TimeoutExpired:
-            raise Unavailable(f"making a Debian {suite} took more than {MAKE_S} s", by_hand) from None
-        if done.returncode:
-            last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-            raise Unavailable(f"no Debian {suite} can be made: {last}", by_hand)
+        run_quietly(
+            [str(MAKE), suite, f"{folder}/root", PACKAGE], f"making a Debian {suite}", by_hand, timeout_s=MAKE_S
+        )
         Path(folder, "root").rename(made)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from deploy.local.cache import cache, lock
 from deploy.local.console import say, working
+from deploy.local.quietly import run_quietly
 from deploy.local.server import Unavailable
 
 GO_MIN = (1, 24)
@@ -92,20 +93,4 @@ def installer() -> list[str]:
 
 def run(command: Sequence[str], *, folder: Path = Path("/"), **env: str) -> None:
     """Raises `Unavailable` with the last line of its output if the command fails."""
-    try:
-        done = subprocess.run(
-            command,
-            env={**os.environ, **env},
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=BUILD_S,
-        )
-    except subprocess.TimeoutExpired:
-        raise Unavailable(f"{command[0]} took more than {BUILD_S} s", BY_HAND) from None
-    if done.returncode:
-        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-        raise Unavailable(f"{' '.join(command[:2])} failed: {last}", BY_HAND)
+    run_quietly(command, " ".join(command[:2]), BY_HAND, env=env, folder=folder, timeout_s=BUILD_S)

@@ -18,6 +18,7 @@ from deploy.local import debian
 from deploy.local.cache import lock
 from deploy.local.console import working
 from deploy.local.process import Process
+from deploy.local.quietly import run_quietly
 from deploy.local.server import Unavailable
 
 if TYPE_CHECKING:
@@ -89,19 +90,8 @@ def install() -> None:
             ["apt-get", "-o", wait, "update", "-qq"],
             ["apt-get", "-o", wait, "install", "-qq", "--yes", "--no-install-recommends", debian.PACKAGE],
         ):
-            done = subprocess.run(
-                command,
-                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            )
-            if done.returncode:
-                last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-                by_hand = f"install {debian.PACKAGE} by hand, or start Docker"
-                raise Unavailable(f"{' '.join(command)} failed: {last}", by_hand)
+            by_hand = f"install {debian.PACKAGE} by hand, or start Docker"
+            run_quietly(command, " ".join(command), by_hand, env={"DEBIAN_FRONTEND": "noninteractive"})
 
 
 @contextmanager
