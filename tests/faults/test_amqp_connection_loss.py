@@ -72,7 +72,8 @@ async def test_a_queue_deleted_under_the_consumer_is_made_again(amqp_url: str, r
         await eventually(lambda: not served.transport.status.consuming)
         await expect_one_consumer(caller, served)
         assert (await caller.call("echo")).body["success"]
-        assert served.observer.counts["reconnected"] == 0
+        # A broker that tells of the deletion before it has ended it may yet refuse the consumer: once, and rarely.
+        assert served.observer.counts["reconnected"] <= 1
 
 
 @pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED.keys())

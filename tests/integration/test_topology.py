@@ -40,6 +40,22 @@ async def test_provision_makes_everything_and_again_changes_nothing(connection: 
         assert (await channel.queue_declare(queue, passive=True)).message_count == 1
 
 
+async def test_a_queue_that_goes_while_all_is_provisioned_is_made_once_more(
+    connection: AbstractConnection, rack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bind, deleted = topology._bind, []
+
+    async def delete_and_bind(connection: AbstractConnection, binding: topology.Binding) -> Problem | None:
+        if binding.queue == request_queue(rack) and not deleted:
+            deleted.append(await (await connection.channel()).queue_delete(binding.queue))
+        return await bind(connection, binding)
+
+    monkeypatch.setattr(topology, "_bind", delete_and_bind)
+    assert await provision(connection, rack) == []
+    assert deleted
+    assert await check(connection, rack) == []
+
+
 async def test_a_queue_of_another_kind_is_reported_and_served(
     connection: AbstractConnection, amqp_url: str, rack: str
 ) -> None:
