@@ -37,7 +37,6 @@ _PLACE_CHARACTERS = 64
 _WAITING_PER_PLACE = 4
 _WAITING_REQUESTS = 1000
 _UNRECORDED_BYTES = 16 * 1024 * 1024
-_WAITS = frozenset({"getChanges", "getJob"})
 
 
 class RequestObserver(Protocol):
@@ -237,12 +236,14 @@ class Dispatcher:
         return _Admission(lane, context.deadline)
 
     async def _run(self, method: Method, params: Wire, context: Context) -> dict[str, Any]:
-        lane = self._waiting if method.name in _WAITS else self._lanes[method.lane]
+        waits = getattr(params, "wait_ms", 0) > 0
+        # A job begins as any write does, and is waited for afterwards.
+        lane = self._waiting if waits and not method.job else self._lanes[method.lane]
         async with self._admission(method, context, lane):
             reply: dict[str, Any] = await self._service.handlers[method.name](params, context)
         if not method.job:
             return reply
-        if not getattr(params, "wait_ms", 0):  # or a job that has begun would be refused for those who wait
+        if not waits:  # or a job that has begun would be refused for those who wait
             return await self._service.outcome(reply["jobId"], params)
         async with _Admission(self._waiting, context.deadline):
             return await self._service.outcome(reply["jobId"], params)

@@ -92,6 +92,9 @@ async def test_who_does_not_wait_for_a_job_is_not_refused_for_those_who_do(
     await asyncio.sleep(0)
     begun = await dispatcher.call("validateModel", {"modelId": "net", "waitMs": 0}, Context())
     assert begun["jobId"]
+    assert (await dispatcher.call("getJob", {"jobId": begun["jobId"]}, Context()))["jobId"] == begun["jobId"]
+    now = {"epoch": head["epoch"], "after": 0}
+    assert (await dispatcher.call("getChanges", now, Context()))["changes"]
     for task in waiting:
         task.cancel()
     await asyncio.wait(waiting)
