@@ -161,6 +161,13 @@ class ListedVersion(TypedDict):
     metadata: dict[str, Any]
 
 
+class VersionsOfModel(TypedDict):
+    """The versions stored last, in their order; `omittedVersions` were stored before them."""
+
+    versions: list[ListedVersion]
+    omittedVersions: NotRequired[int]
+
+
 def version_digest(files: Iterable[tuple[str, int, str]]) -> str:
     """The digest of a version: sha256 (hex) of its canonical manifest.
 

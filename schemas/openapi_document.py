@@ -9,7 +9,7 @@ from schemas.examples import examples_of
 from schemas.ids import Alias, FilePath, ModelId, Ulid, Version, VersionRef
 from schemas.json_schemas import CONTRACT, Components, Schema, json_schema, reply_schema
 from schemas.method_errors import errors_of
-from schemas.model import ListedVersion
+from schemas.model import VersionsOfModel
 from schemas.openapi_content import (
     BEARER,
     COMMON_ERRORS,
@@ -173,10 +173,9 @@ def _responses(route: Route, method: Method, components: Components) -> Schema:
 
 def _with_versions(reply: Schema, examples: Schema, components: Components) -> tuple[Schema, Schema]:
     """What is known of the latest version, and the list of all versions."""
-    entry = components.add("ListedVersion", json_schema(ListedVersion))
-    versions = {"type": "array", "items": entry}
+    versions = components.add("VersionsOfModel", json_schema(VersionsOfModel))
     listed = examples_of("listModels")[0].reply["models"]
     return (
-        {"allOf": [reply, {"type": "object", "properties": {"versions": versions}, "required": ["versions"]}]},
+        {"allOf": [reply, versions]},
         {title: {"value": {**example["value"], "versions": listed}} for title, example in examples.items()},
     )

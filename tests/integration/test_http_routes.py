@@ -56,6 +56,18 @@ async def test_a_model_is_its_latest_version_and_the_list_of_all(http: HttpRack)
     assert (await http.send("GET", "/api/models/org/m")).json == answer.json
 
 
+async def test_of_a_model_with_many_versions_those_stored_last_are_listed(
+    http: HttpRack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.service.reading.VERSIONS_OF_MODEL", 2)
+    for version in ("1", "2", "3", "4"):
+        await http.put("m", version, version.encode())
+    await http.send("DELETE", "/api/models/m/versions/3")
+    answer = await http.send("GET", "/api/models/m")
+    assert [entry["version"] for entry in answer.json["versions"]] == ["2", "4"]
+    assert answer.json["omittedVersions"] == 1
+
+
 @pytest.mark.parametrize("escaped", ["org/m-1.x", "org%2Fm-1.x", "org%2fm%2D1%2ex"])
 async def test_a_name_may_be_written_with_escapes(http: HttpRack, escaped: str) -> None:
     await http.put("org/m-1.x", "1.0+b", DATA)

@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -95,6 +96,16 @@ class Catalog:
         names = {self.table.version[row]: row for row in rows}
         aliases = {alias: version for alias, (version, _) in self.aliases.get(model_id.lower(), {}).items()}
         return ModelEntry(model_id, _Versions(self, names), aliases)
+
+    def versions_of(self, model_id: str, limit: int) -> tuple[list[int], int]:
+        """The rows of the model's visible versions, newest first and at most `limit`, and how many more there are."""
+        table = self.table
+        row = table.newest(model_id)
+        if row == NO_ROW or table.model[row] != model_id:
+            return [], 0
+        visible = (row for row in table.rows(model_id) if not table.state[row] & DELETED)
+        rows = list(islice(visible, limit))
+        return rows, table.count_visible(model_id) - len(rows)
 
     def case_twin(self, model_id: str) -> str | None:
         """The id of a model that differs from `model_id` in case only."""

@@ -101,6 +101,12 @@ class VersionTable:
         self.state[row] &= ~DELETED
         return not before
 
+    def count_visible(self, model: str) -> int:
+        """How many versions of the model with this id in any case are visible."""
+        key = model.lower()
+        self._seen[key] = count = self._count_seen(key)
+        return count
+
     def _count_seen(self, key: str) -> int:
         count = self._seen.get(key)
         if count is None:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from schemas.errors import ModelManagerError
 from schemas.hints import hint_of
 from schemas.journal import StoredFile
-from schemas.model import DeliveredFile, ListedVersion
+from schemas.model import DeliveredFile, VersionsOfModel
 from schemas.rpc import (
     ChangesReply,
     GetChanges,
@@ -42,6 +42,7 @@ from worker.readiness import Readiness
 from worker.registry import Registry
 from worker.storage.blobstore import BlobMissing, BlobStore
 
+VERSIONS_OF_MODEL = 1000
 _RECORDS_AT_ONCE = 4  # each has up to 1 MiB in the journal, and some eight times as much in memory
 
 Quarantine = Callable[[VersionEntry, str], Any]
@@ -85,13 +86,13 @@ class Reading:
         registry = self._registry
         return await page(registry.catalog, query, look=registry.look, limit=limit, cursor=cursor)
 
-    async def versions_of(self, model_id: str) -> list[ListedVersion]:
-        """The versions of a model that are not deleted, in the order they were stored."""
-        model = self._registry.catalog.model(model_id)
-        if model is None:
-            return []
-        entries = [await self._registry.look(partial(model.versions.__getitem__, name)) for name in model.versions]
-        return [entry.listed(model.aliases_of(entry.version)) for entry in entries if entry.deleted_at is None]
+    async def versions_of(self, model_id: str) -> VersionsOfModel:
+        """The versions of a model that are not deleted, in the order they were stored; of many those stored last."""
+        catalog = self._registry.catalog
+        rows, omitted = catalog.versions_of(model_id, VERSIONS_OF_MODEL)
+        entries = [await self._registry.look(partial(catalog.entry, row)) for row in reversed(rows)]
+        listed = [entry.listed(catalog.aliases_of(entry)) for entry in entries if entry.deleted_at is None]
+        return {"versions": listed, "omittedVersions": omitted} if omitted else {"versions": listed}
 
     async def ping(self, params: Ping, context: Context) -> PingReply:
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
-from schemas.model import ListedVersion, Metadata
+from schemas.model import Metadata, VersionsOfModel
 from schemas.rpc import CancelJob, GetJob, ReplicateModel, StoreReply, ValidateModel
 from schemas.uploads import CompleteUpload
 from worker.answers import answer_of, store_reply
@@ -172,5 +172,5 @@ class ModelService:
     ) -> dict[str, Any]:
         return await self.uploads.receive(upload_id, path, chunks, size)
 
-    async def versions_of(self, model_id: str) -> list[ListedVersion]:
+    async def versions_of(self, model_id: str) -> VersionsOfModel:
         return await self.reading.versions_of(model_id)

@@ -63,7 +63,7 @@ class ApiRoutes:
         else:
             raise HttpFault(400, "If-Match goes with PATCH and DELETE of a version only.")
         if route.path == _LATEST and route.verb == "GET":
-            reply = {**reply, "versions": await self._files.versions_of(reply["modelId"])}
+            reply = {**reply, **await self._files.versions_of(reply["modelId"])}
         return reply_of(route, reply)
 
     async def _call_if(

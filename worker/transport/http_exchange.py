@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from schemas.model import ListedVersion, Metadata
+from schemas.model import Metadata, VersionsOfModel
 from schemas.rpc import StoreReply
 from worker.content import OpenedFile
 from worker.context import Context
@@ -69,7 +69,7 @@ class Files(Protocol):
         self, upload_id: str, path: str, chunks: AsyncIterator[bytes], size: int | None, *, context: Context
     ) -> dict[str, Any]: ...
 
-    async def versions_of(self, model_id: str) -> list[ListedVersion]: ...
+    async def versions_of(self, model_id: str) -> VersionsOfModel: ...
 
 
 class HttpObserver(Protocol):
