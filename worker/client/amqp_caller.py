@@ -206,7 +206,8 @@ class AmqpCaller:
             request.taken = True
         except PublishError:
             reason = f"There is no worker's queue for rack {self._rack} on that broker."
-            raise Unreachable(reason, passing=self._answered) from None
+            # Where it was taken before, the queue has gone since, and whoever made it makes it again.
+            raise Unreachable(reason, passing=self._answered or request.taken) from None
         except DeliveryError:
             raise ModelManagerError("ERR_OVERLOADED", "The queue of the rack is full.") from None
         finally:
