@@ -23,7 +23,7 @@ import structlog
 from schemas.errors import ModelManagerError
 from schemas.journal import Idempotency
 from worker.catalog.catalog import Catalog
-from worker.catalog.records import IndexedLine, IndexedRecord
+from worker.catalog.records import IndexedBlock, IndexedRecord
 from worker.catalog.retention import frees_room
 from worker.catalog.snapshot import load_catalog
 from worker.journal import Entry, Journal, JournalFailed, JournalObserver, RecordCold, disk_full
@@ -79,8 +79,8 @@ class CatalogReplay:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
 
-    def take(self, lines: Sequence[tuple[bytes, IndexedLine]]) -> None:
-        self._catalog.take(lines)
+    def take(self, block: IndexedBlock) -> None:
+        self._catalog.take(block)
 
     def load(self, parts: dict[str, memoryview]) -> bool:
         return load_catalog(self._catalog, parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from worker.journal import Base, Files, Journal, Line
+from worker.journal import Base, Block, Files, Journal
 from worker.journal.base_index import index_name, write_index
 from worker.journal.compaction import write_base
 from worker.journal.replay import replay_base, replay_sealed
@@ -51,8 +50,8 @@ class Ledger:
     def pairs(self) -> list[tuple[int, int]]:
         return list(zip(self._sequences, self._numbers, strict=True))
 
-    def take(self, lines: Sequence[tuple[bytes, Line[Noted]]]) -> None:
-        for _, line in lines:
+    def take(self, block: Block[Noted]) -> None:
+        for line in block.lines:
             self._sequences.append(line.sequence)
             self._numbers.append(line.record.n)
 

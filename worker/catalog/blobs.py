@@ -19,6 +19,7 @@ from worker.catalog.records import IndexedFile
 
 _MIX = 0x9E37_79B9_7F4A_7C15
 _KEY_CHARACTERS = 16
+_SHA_WORDS = 4  # of 8 bytes
 _ROWS_READ = 8  # for one key: where so many versions have bytes that are wrong, they are stored anew
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -268,12 +269,17 @@ class _Hashes:
 
 def _sha_hashes(shas: Sequence[str]) -> Hashes:
     """The first 8 bytes of each sha256."""
-    return np.frombuffer(bytes.fromhex("".join([sha[:16] for sha in shas])), ">u8").astype(np.uint64)
+    return np.frombuffer(bytes.fromhex("".join(shas)), ">u8")[::_SHA_WORDS].astype(np.uint64)
 
 
 def _key_hashes(keys: Sequence[str]) -> Hashes:
     """The last 16 characters of each key, which are the random part of a ULID, mixed into one number."""
-    text = "".join([key[-_KEY_CHARACTERS:].rjust(_KEY_CHARACTERS) for key in keys])
-    pairs = np.frombuffer(text.encode("latin-1"), "<u8").reshape(-1, 2)
+    lengths = set(map(len, keys))
+    if len(lengths) == 1 and (length := lengths.pop()) > _KEY_CHARACTERS:  # as nearly always
+        characters = np.frombuffer("".join(keys).encode("latin-1"), np.uint8).reshape(-1, length)
+        pairs = np.ascontiguousarray(characters[:, -_KEY_CHARACTERS:]).view("<u8")
+    else:
+        text = "".join([key[-_KEY_CHARACTERS:].rjust(_KEY_CHARACTERS) for key in keys])
+        pairs = np.frombuffer(text.encode("latin-1"), "<u8").reshape(-1, 2)
     mixed: Hashes = pairs[:, 0] * np.uint64(_MIX) ^ pairs[:, 1]
     return mixed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +25,7 @@ from worker.catalog.blobs import BlobIndex
 from worker.catalog.entries import Deletion, ModelEntry, VersionEntry
 from worker.catalog.entry_cache import EntryCache
 from worker.catalog.order import Order, Rows
-from worker.catalog.records import AppendedEntry, IndexedLine, IndexedRecord, IndexedRequest, indexed
+from worker.catalog.records import AppendedEntry, IndexedBlock, IndexedLine, IndexedRecord, IndexedRequest, indexed
 from worker.catalog.requests import RememberedRequest, RememberedRequests
 from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, VersionTable
 from worker.catalog.work import Work
@@ -61,7 +62,7 @@ class Catalog:
         self.deleted: dict[int, Deletion] = {}  # by row
         self.restored: dict[int, int] = {}  # row -> sequence of the last `restore`
         self.aliases: dict[str, dict[str, tuple[str, int]]] = {}  # model in lower case -> alias -> version, sequence
-        self.by_tag: dict[str, array[int]] = {}  # rows, ascending; see `tagged`
+        self.by_tag: defaultdict[str, array[int]] = defaultdict(_no_rows)  # rows, ascending; see `tagged`
         self.blobs = BlobIndex(self)  # needed by versions, deleted ones inside their undo window included, and uploads
         self._work = Work(self.blobs)
         self.uploads, self.jobs = self._work.uploads, self._work.jobs
@@ -212,40 +213,38 @@ class Catalog:
     # What of a record is decoded for `take`.
     record = IndexedRecord
 
-    def take(self, lines: Sequence[tuple[bytes, IndexedLine]]) -> None:
+    def take(self, block: IndexedBlock) -> None:
         """Fold a block of a replay."""
+        lines = block.lines
         if lines:
-            self.last_ms = lines[-1][1].time_ms
-            self.time_ms = max(self.time_ms, max([line.time_ms for _, line in lines]))
-        stores: list[IndexedLine] = []
-        for data, line in lines:
-            if line.op == "store":
-                stores.append(line)
-                continue
-            self._take_stores(stores)
-            stores = []
-            self._apply[line.op](orjson.loads(data)["rec"], line.sequence, line.time_ms)
+            self.last_ms = lines[-1].time_ms
+            self.time_ms = max(self.time_ms, max([line.time_ms for line in lines]))
+        begin = 0
+        for index in [index for index, line in enumerate(lines) if line.op != "store"]:
+            self._take_stores(lines[begin:index])
+            begin = index + 1
+            line = lines[index]
+            self._apply[line.op](orjson.loads(block.text(index))["rec"], line.sequence, line.time_ms)
             if line.record.idem is not None:
                 self._take_request(line.record.idem, line)
-        self._take_stores(stores)
+        self._take_stores(lines[begin:])
 
-    def _take_stores(self, lines: list[IndexedLine]) -> None:
+    def _take_stores(self, lines: Sequence[IndexedLine]) -> None:
         """Fold `store` records, column by column: the bulk of a boot."""
+        if not lines:
+            return
         records = [line.record for line in lines]
         first, by_tag = len(self.table), self.by_tag
         self._add(records, [line.sequence for line in lines])
         self.blobs.replay(first, [record.files for record in records])
-        for row, line in enumerate(lines, first):
-            record = line.record
-            for tag in record.metadata.tags:
-                rows = by_tag.get(tag)
-                if rows is None:
-                    rows = by_tag[tag] = array("I")
-                rows.append(row)
-            if record.upload:
-                self._work.store_upload(record.upload, line.sequence, line.time_ms)
-            if record.idem is not None:
-                self._take_request(record.idem, line)
+        for row, tags in enumerate([record.metadata.tags for record in records], first):
+            for tag in tags:
+                by_tag[tag].append(row)
+        for line in [line for line in lines if line.record.upload or line.record.idem is not None]:
+            if line.record.upload:
+                self._work.store_upload(line.record.upload, line.sequence, line.time_ms)
+            if line.record.idem is not None:
+                self._take_request(line.record.idem, line)
 
     def _take_request(self, request: IndexedRequest, line: IndexedLine) -> None:
         self.requests.add(request.key, RememberedRequest(request.hash, line.sequence, line.time_ms))
@@ -384,15 +383,17 @@ class Catalog:
 
     def _tag(self, row: int, metadata: dict[str, Any]) -> None:
         for tag in metadata.get("tags", ()):
-            rows = self.by_tag.get(tag)
-            if rows is None:
-                rows = self.by_tag[tag] = array("I")
+            rows = self.by_tag[tag]
             if not rows or rows[-1] < row:
                 rows.append(row)
                 continue
             place = bisect_left(rows, row)
             if rows[place] != row:
                 rows.insert(place, row)
+
+
+def _no_rows() -> array[int]:
+    return array("I")
 
 
 class _Versions(Mapping[str, VersionEntry]):

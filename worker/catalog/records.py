@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -52,6 +53,16 @@ class IndexedLine(Protocol):
 
     @property
     def record(self) -> IndexedRecord: ...
+
+
+class IndexedBlock(Protocol):
+    """Some lines, in order."""
+
+    @property
+    def lines(self) -> Sequence[IndexedLine]: ...
+
+    # That line as it stands in the journal.
+    def text(self, index: int) -> bytes: ...
 
 
 class AppendedEntry(Protocol):

@@ -117,38 +117,39 @@ class VersionTable:
     def extend(self, records: Sequence[IndexedRecord], sequences: Sequence[int]) -> int:
         """A row for each record, the newest of its model, stored at its sequence: how many models are seen now that had
         no visible version."""
-        newest, model, version, state, older = self._newest, self.model, self.version, self.state, self.older
-        intern, by_name, counted, newer = self._version_names.setdefault, self._by_name, self._seen, self.newer
-        newer.extend([NO_ROW] * len(records))
+        first, count = len(self.model), len(records)
+        newest, model, older, newer = self._newest, self.model, self.older, self.newer
+        state, counted, intern = self.state, self._seen, self._version_names.setdefault
+        names = [record.model for record in records]
+        keys = _lowered(names)
+        labels = [record.version or "" for record in records]
+        newer.extend([NO_ROW] * count)
+        state.extend(bytes(count))
         seen = 0
-        for row, record in enumerate(records, len(model)):
-            name = record.model
-            key = name.lower()
+        for row, name, key in zip(range(first, first + count), names, keys, strict=True):
             before = newest.get(key, NO_ROW)
             if before == NO_ROW:
                 seen += 1
-                if key == name:
-                    key = name  # one string object, not two that are equal
+                model.append(name)
             else:
-                name = model[before]
+                model.append(model[before])  # one string object for all versions
                 newer[before] = row
                 if key in counted or state[before] & DELETED:
-                    count = self._count_seen(key)
-                    counted[key] = count + 1
-                    seen += not count
-            newest[key] = row
-            model.append(name)
-            label = record.version or ""
-            version.append(intern(label, label))
+                    visible = self._count_seen(key)
+                    counted[key] = visible + 1
+                    seen += not visible
             older.append(before)
-            state.append(0)
-            if key in by_name:
-                by_name[key][label] = row
+            newest[key] = row
+        if self._by_name:
+            for row, key, label in zip(range(first, first + count), keys, labels, strict=True):
+                if key in self._by_name:
+                    self._by_name[key][label] = row
+        self.version += map(intern, labels, labels)
         self.type.extend([self._code_of(record.type) for record in records])
         self.size.extend([record.size for record in records])
         self.created.extend([record.created for record in records])
         self.stored.extend(sequences)
-        self.updated.extend(bytes(len(records)))
+        self.updated.extend(bytes(count))
         return seen
 
     def _code_of(self, kind: str) -> int:
@@ -270,6 +271,14 @@ class VersionTable:
             for model, row in zip(models, newest.tolist(), strict=True)
             if row
         }
+
+
+def _lowered(names: list[str]) -> list[str]:
+    """Each name in lower case: the very same string where it is so already."""
+    together = "\n".join(names)
+    if together == together.lower():
+        return names
+    return [name if name == lowered else lowered for name in names for lowered in (name.lower(),)]
 
 
 def _lines(part: memoryview) -> list[str]:

@@ -144,6 +144,7 @@ cut off, so it acts on line k only when a later line has `b` > k. At `seal` it g
 
 from __future__ import annotations
 
+from worker.journal.blocks import Block
 from worker.journal.compaction import Base
 from worker.journal.failures import JournalDamaged, JournalFailed, JournalLocked, disk_full
 from worker.journal.files import Files
@@ -153,7 +154,7 @@ from worker.journal.journal import SEGMENT_BYTES, Durable, Journal, JournalStats
 from worker.journal.manifest import SealedFile, base_name
 from worker.journal.observer import JournalObserver
 from worker.journal.reconstruction import PointUnreachable, Reconstructed, Reconstruction, Until
-from worker.journal.replay import EachEntry, Replay, Taken
+from worker.journal.replay import EachEntry, Replay
 from worker.journal.segment import RecordCold
 from worker.journal.staging import FolderTaken, Staging
 
@@ -161,6 +162,7 @@ __all__ = [
     "CONTROL_OPS",
     "SEGMENT_BYTES",
     "Base",
+    "Block",
     "Durable",
     "EachEntry",
     "Entry",
@@ -180,7 +182,6 @@ __all__ = [
     "Replay",
     "SealedFile",
     "Staging",
-    "Taken",
     "Until",
     "VerifyReport",
     "base_name",

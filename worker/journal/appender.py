@@ -39,6 +39,7 @@ _PASSING = {
     errno.ENFILE: "ERR_STORAGE_UNAVAILABLE",
     errno.ENOMEM: "ERR_STORAGE_UNAVAILABLE",
 }
+_SUMMED_BYTES = 256 * 1024
 _RECORD = ""
 
 T = TypeVar("T")
@@ -66,6 +67,7 @@ class Appender:
         self.reserve = reserve
         self._digest = Digest()
         self._unsummed: list[bytes] = []
+        self._unsummed_bytes = 0
         self._crc = recovered.crc
         self._last_op = recovered.last_op
         self._fd = files.open(folder / recovered.manifest.active, os.O_RDWR)
@@ -91,11 +93,17 @@ class Appender:
             raise JournalFailed(self.failure) from error
 
     def sum_up(self) -> Digest:
-        """Of the active segment. Called after each batch too, once nobody waits for it any more: hashing takes time."""
-        for data in self._unsummed:
-            self._digest.update(data)
-        self._unsummed.clear()
+        """Of the active segment."""
+        if self._unsummed:
+            self._digest.update(b"".join(self._unsummed))
+            self._unsummed.clear()
+            self._unsummed_bytes = 0
         return self._digest
+
+    def sum_up_if_due(self) -> None:
+        """Called after each batch, once nobody waits for it any more: hashing takes time, and few pieces take less."""
+        if self._unsummed_bytes >= _SUMMED_BYTES:
+            self.sum_up()
 
     @property
     def unproven(self) -> bool:
@@ -143,10 +151,10 @@ class Appender:
 
         Without room the rotation waits, and `append` goes on with the full segment. Raises JournalFailed.
         """
+        if self._last_op != SEAL and self.segments[-1].size < self._segment_bytes:
+            return False
         try:
             with self._failing():
-                if self._last_op != SEAL and self.segments[-1].size < self._segment_bytes:
-                    return False
                 self._seal()
                 self._open_next()
         except ModelManagerError:
@@ -209,6 +217,7 @@ class Appender:
         self._crc, self._last_op = crc, op
         self.sequence += len(lengths)
         self._unsummed.append(data)
+        self._unsummed_bytes += len(data)
         return time_ms
 
     def _write_durably(self, data: bytes, offset: int) -> None:

@@ -194,34 +194,3 @@ class CheckedLines(Generic[R]):
 
     def _refuse(self, fault: str) -> None:
         self.fault, self.foreign = fault, True
-
-
-class TrustedLines(Generic[R]):
-    """The lines of a file whose checksum as a whole was right.
-
-    When the iteration is over `sequence` and `crc` are those of the last line.
-    """
-
-    __slots__ = ("_data", "_decode", "_seed", "_stream", "sequence")
-
-    def __init__(self, stream: BinaryIO, decoder: msgspec.json.Decoder[Line[R]], *, sequence: int, crc: int) -> None:
-        self._stream = stream
-        self._decode = decoder.decode
-        self._seed = crc
-        self._data = b""
-        self.sequence = sequence
-
-    @property
-    def crc(self) -> int:
-        stored = stored_crc(self._data)
-        return self._seed if stored is None else stored
-
-    def __iter__(self) -> Iterator[tuple[bytes, Line[R]]]:
-        decode = self._decode
-        line: Line[R] | None = None
-        data = b""
-        for data in self._stream:
-            line = decode(data)
-            yield data, line
-        self._data = data
-        self.sequence = self.sequence if line is None else line.sequence

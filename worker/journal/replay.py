@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -15,6 +15,7 @@ from zlib import crc32
 import orjson
 
 from worker.journal.base_index import index_name, read_index
+from worker.journal.blocks import Block, CheckedBlocks, TrustedBlocks
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files, publish, sync, sync_folder, sync_path, write_all
 from worker.journal.format import (
@@ -24,8 +25,6 @@ from worker.journal.format import (
     SEAL,
     CheckedLines,
     Entry,
-    Line,
-    TrustedLines,
     checks,
     line_decoder,
     make_line,
@@ -46,11 +45,10 @@ from worker.journal.torn import judge
 FIRST_EPOCH = 1
 STALE_MANIFEST = "MANIFEST does not name this file, so it is not the newest one; or the end of its last file is missing"
 
-_BLOCK_BYTES = 1024 * 1024
-_BLOCK_LINES = 1024
+# Between two blocks the thread that checks has to wait for the interpreter.
+_CHECKED_BYTES = 8 * 1024 * 1024
 
 R = TypeVar("R")
-Taken = list[tuple[bytes, Line[R]]]
 
 
 class Replay(Protocol[R]):
@@ -59,8 +57,8 @@ class Replay(Protocol[R]):
     # What of a record is decoded for `take`.
     record: type[R]
 
-    # Business records, in order: each line as bytes and decoded. Called many times.
-    def take(self, lines: Taken[R]) -> None: ...
+    # Business records, in order. Called many times.
+    def take(self, block: Block[R]) -> None: ...
 
     # The state after all lines of a base, in parts, as `dumped` made them: instead of taking its lines.
     # False if these are not parts this program can use; nothing has changed then.
@@ -75,8 +73,8 @@ class EachEntry:
     def __init__(self, each: Callable[[Entry], object]) -> None:
         self._each = each
 
-    def take(self, lines: Taken[dict[str, Any]]) -> None:
-        for _, line in lines:
+    def take(self, block: Block[dict[str, Any]]) -> None:
+        for line in block.lines:
             self._each(Entry(line.sequence, line.time_ms, line.op, line.record))
 
     def load(self, parts: dict[str, memoryview]) -> bool:
@@ -128,19 +126,11 @@ def replay_base(files: Files, path: Path, replay: Replay[Any]) -> Segment:
     segment = Segment(path.name, 0, sequences=array("Q"))
     with files.reader(path) as stream:
         lines = CheckedLines(stream, line_decoder(replay.record), sequence=-1, crc=0, gapless=False)
-        offset, block = 0, []
-        for data, line in lines:
-            segment.note([offset], [line.sequence])
-            offset += len(data)
-            if line.op not in CONTROL_OPS:
-                block.append((data, line))
-            if len(block) == _BLOCK_LINES:
-                replay.take(block)
-                block = []
-        replay.take(block)
+        for block in CheckedBlocks(lines):
+            segment.add(block)
+            replay.take(block.business())
     if lines.fault:
-        raise JournalDamaged(path.name, offset=offset, sequence=lines.sequence + 1, reason=lines.fault)
-    segment.size = offset
+        raise JournalDamaged(path.name, offset=lines.offset, sequence=lines.sequence + 1, reason=lines.fault)
     return segment
 
 
@@ -223,7 +213,7 @@ def check_size_and_crc(files: Files, folder: Path, file: SealedFile) -> bool:
     """Whether the file is, as a whole, what was sealed."""
     with files.reader(folder / file.name) as stream:
         size, crc = 0, 0
-        while block := stream.read(_BLOCK_BYTES):
+        while block := stream.read(_CHECKED_BYTES):
             size += len(block)
             crc = crc32(block, crc)
     return (size, crc) == (file.size, file.crc32)
@@ -247,11 +237,14 @@ class _Boot:
 
     def read_sealed(self) -> Sealed:
         """All files but the active one; nothing is changed."""
-        for file in self._manifest.sealed:
-            if is_base(file.name):
-                self._read_base(file)
-            else:
-                self._read_segment(file)
+        # Checksums are taken beside all else: a file's own while its index is loaded, or the one before it is folded.
+        with ThreadPoolExecutor(1, thread_name_prefix="journal-check") as beside:
+            verdicts = [beside.submit(self._check, file) for file in self._manifest.sealed]
+            try:
+                for file, sound in zip(self._manifest.sealed, verdicts, strict=True):
+                    (self._read_base if is_base(file.name) else self._read_segment)(file, sound)
+            finally:
+                beside.shutdown(cancel_futures=True)
         return Sealed(self._manifest, self._segments, self._place, self._changes_from)
 
     def run(self) -> Recovered:
@@ -281,27 +274,27 @@ class _Boot:
 
     # --- a base ---
 
-    def _read_base(self, file: SealedFile) -> None:
+    def _check(self, file: SealedFile) -> bool:
+        return check_size_and_crc(self._files, self._folder, file)
+
+    def _read_base(self, file: SealedFile, sound: Future[bool]) -> None:
         if file.name not in self._names:
             self._refuse(file.name, 0, "the file is missing")
         if self._segments:
             self._refuse(file.name, 0, "a base that is not the first file")
-        # Its checksum is taken while its index is loaded: both are long, and this one leaves the interpreter free.
-        with ThreadPoolExecutor(1, thread_name_prefix="journal-check") as beside:
-            sound = beside.submit(check_size_and_crc, self._files, self._folder, file)
-            replaces = self._base_header(file)
-            segment = Segment(file.name, 0, sequences=array("Q"))
-            index = read_index(self._files, self._folder / index_name(file.name), file)
-            loaded = index is not None and self._replay.load(index.parts)
-            if not sound.result():
-                self._refuse(file.name, 0, "the sealed file does not have its size and checksum")
+        replaces = self._base_header(file)
+        segment = Segment(file.name, 0, sequences=array("Q"))
+        index = read_index(self._files, self._folder / index_name(file.name), file)
+        loaded = index is not None and self._replay.load(index.parts)
+        if not sound.result():
+            self._refuse(file.name, 0, "the sealed file does not have its size and checksum")
         if index is not None and loaded:
             segment.adopt(index.sequences, index.offsets, records=file.lines - 2)
             segment.size = file.size
             self._segments.append(segment)
         else:
             with self._files.reader(self._folder / file.name) as stream:
-                self._fold(TrustedLines(stream, self._decoder, sequence=0, crc=0), segment)
+                self._fold(TrustedBlocks(stream, self._decoder, sequence=0, crc=0), segment)
             if self._last_op != SEAL:
                 self._refuse(file.name, segment.size, "the sealed file does not end in its seal")
         self._place = replaces
@@ -328,13 +321,13 @@ class _Boot:
             self._refuse(name, 0, "the file is not the one that comes next")
         return Segment.after(self._place.sequence)
 
-    def _read_segment(self, file: SealedFile) -> None:
+    def _read_segment(self, file: SealedFile, sound: Future[bool]) -> None:
         segment = self._begin(file.name)
-        if not check_size_and_crc(self._files, self._folder, file):
+        if not sound.result():
             self._refuse(file.name, 0, "the sealed file does not have its size and checksum")
         place = self._place
         with self._files.reader(self._folder / file.name) as stream:
-            self._fold(TrustedLines(stream, self._decoder, sequence=place.sequence, crc=place.crc), segment)
+            self._fold(TrustedBlocks(stream, self._decoder, sequence=place.sequence, crc=place.crc), segment)
         if self._last_op != SEAL:
             self._refuse(file.name, segment.size, "the sealed file does not end in its seal")
 
@@ -344,7 +337,7 @@ class _Boot:
         cut = b""
         with self._files.reader(self._folder / name) as stream:
             lines = CheckedLines(stream, self._decoder, sequence=self._place.sequence, crc=self._place.crc)
-            self._fold(lines, segment)
+            self._fold(CheckedBlocks(lines), segment)
             if lines.fault:
                 stream.seek(lines.offset)
                 cut = stream.read()
@@ -357,42 +350,38 @@ class _Boot:
             self._refuse(name, lines.offset, f"{lines.fault}; {reason}")
         return lines, cut
 
-    def _fold(self, lines: CheckedLines[Any] | TrustedLines[Any], segment: Segment) -> None:
+    def _fold(self, blocks: CheckedBlocks[Any] | TrustedBlocks[Any], segment: Segment) -> None:
         """Hand the records of one file to the replay and take up the place behind its last line."""
-        take = self._replay.take
-        block: Taken[Any] = []
-        starts: list[int] = []
-        sequences: list[int] = []
-        op, offset = "", 0
-        for data, line in lines:
-            if op == SEAL:
-                self._refuse(segment.name, offset, "a line follows the seal", line.sequence)
-            starts.append(offset)
-            sequences.append(line.sequence)
-            op = line.op
-            if op in CONTROL_OPS:
-                self._check_control(op, data, segment, offset)
-            else:
-                block.append((data, line))
-                if len(block) == _BLOCK_LINES:
-                    take(block)
-                    segment.note(starts, sequences)
-                    segment.records += len(block)
-                    block, starts, sequences = [], [], []
-            offset += len(data)
-        take(block)
-        segment.note(starts, sequences)
-        segment.records += len(block)
-        segment.size = offset
+        self._last_op = ""
+        for block in blocks:
+            ops = [line.op for line in block.lines]
+            if self._last_op == SEAL:
+                self._refuse_after_seal(segment, block, 0)
+            if segment.size == 0:
+                self._check_first(block, segment)
+            business = block
+            if not CONTROL_OPS.isdisjoint(ops):
+                if SEAL in ops[:-1]:
+                    self._refuse_after_seal(segment, block, ops.index(SEAL) + 1)
+                business = block.business()
+            self._replay.take(business)
+            segment.add(block)
+            segment.records += len(business.lines)
+            self._last_op = ops[-1]
         self._segments.append(segment)
-        self._place = Place(lines.sequence, lines.crc, segment.name)
-        self._last_op = op
+        self._place = Place(blocks.sequence, blocks.crc, segment.name)
 
-    def _check_control(self, op: str, data: bytes, segment: Segment, offset: int) -> None:
+    def _check_first(self, block: Block[Any], segment: Segment) -> None:
         if is_base(segment.name):
             return  # looked at already
-        if offset == 0 and (fault := open_fault(self._manifest, self._place, op, orjson.loads(data)["rec"])):
+        first = block.lines[0]
+        fault = open_fault(self._manifest, self._place, first.op, orjson.loads(block.text(0))["rec"])
+        if fault:
             self._refuse(segment.name, 0, fault)
+
+    def _refuse_after_seal(self, segment: Segment, block: Block[Any], index: int) -> NoReturn:
+        offset = segment.size + int(block.starts[index])
+        self._refuse(segment.name, offset, "a line follows the seal", block.lines[index].sequence)
 
     # --- the folder ---
 

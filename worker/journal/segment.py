@@ -14,6 +14,7 @@ from zlib import crc32
 import numpy as np
 import orjson
 
+from worker.journal.blocks import Block
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files
 from worker.journal.format import (
@@ -105,6 +106,13 @@ class Segment:
         self._offsets.extend(offsets)
         if self._sequences is not None:
             self._sequences.extend(sequences)
+
+    def add(self, block: Block[Any]) -> None:
+        """The lines of the block come next."""
+        self._offsets.frombytes((block.starts + np.uint64(self.size)).tobytes())
+        if self._sequences is not None:
+            self._sequences.extend([line.sequence for line in block.lines])
+        self.size += block.size
 
     def adopt(self, sequences: memoryview, offsets: memoryview, *, records: int) -> None:
         """Take a base's lines as its index has them: what `dumped` gave."""

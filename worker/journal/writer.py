@@ -160,14 +160,14 @@ class Writer:
         try:
             waits_for_room = self._appender.reserve.full_since is not None
             item = self._queue.get(timeout=IDLE_SECONDS if self._appender.unproven or waits_for_room else None)
-            while isinstance(item, Pending):
-                batch.append(item)
-                size += len(item.payload)
-                if size >= BATCH_BYTES or len(batch) == BATCH_LINES:
-                    return batch, None, False
-                item = self._queue.get_nowait()
         except Empty:
             return batch, None, False
+        while isinstance(item, Pending):
+            batch.append(item)
+            size += len(item.payload)
+            if size >= BATCH_BYTES or len(batch) == BATCH_LINES or self._queue.empty():
+                return batch, None, False
+            item = self._queue.get_nowait()
         return batch, item, item is None
 
     def _commit(self) -> None:
@@ -190,7 +190,7 @@ class Writer:
             Entry(sequence, time_ms, pending.op, pending.record) for sequence, pending in enumerate(batch, first)
         ]
         self._report(Outcome(batch, entries, self._appender.sequence))
-        self._appender.sum_up()
+        self._appender.sum_up_if_due()
 
     def _refuse_growth(self) -> None:
         growth = [pending for pending in self._batch if not self._frees(pending.op, pending.record)]
