@@ -156,19 +156,28 @@ class Registry:
 
     # --- reading ---
 
-    async def look(self, look: Callable[[], _T]) -> _T:
-        """What `look` finds in the catalog. It is run again when a record it needs had to be read from the disk."""
+    async def look(self, look: Callable[[], _T], *, ahead: Callable[[], Sequence[int]] | None = None) -> _T:
+        """What `look` finds in the catalog. It is run again when a record it needs had to be read from the disk.
+
+        `ahead` gives the sequences of records that it needs, so that it is not run again for each of them.
+        """
         warmed: list[int] = []
         try:
             while True:
                 try:
                     return look()
                 except RecordCold as cold:
-                    self._warm[cold.sequence] = await asyncio.to_thread(self.journal.record, cold.sequence)
-                    warmed.append(cold.sequence)
+                    wanted = [cold.sequence] if ahead is None else [cold.sequence, *ahead()]
+                    ahead = None
+                    read = await asyncio.to_thread(self._read, wanted)
+                    self._warm.update(read)
+                    warmed += read
         finally:
             for sequence in warmed:
                 self._warm.pop(sequence, None)
+
+    def _read(self, sequences: Sequence[int]) -> dict[int, tuple[Any, int]]:
+        return {sequence: self.journal.record(sequence) for sequence in sequences}
 
     async def record(self, sequence: int) -> dict[str, Any]:
         """The record of a line of the journal; KeyError if there is none, or none any more."""
@@ -177,15 +186,22 @@ class Registry:
 
     # --- writing ---
 
-    async def transact(self, scope: str, decide: Callable[[], Change | _T], *, pins: Iterable[str] = ()) -> Entry | _T:
+    async def transact(
+        self,
+        scope: str,
+        decide: Callable[[], Change | _T],
+        *,
+        pins: Iterable[str] = (),
+        ahead: Callable[[], Sequence[int]] | None = None,
+    ) -> Entry | _T:
         """Run `decide` under the lock of `scope`; append the change it returns, or return what else it returns.
 
-        `pins` are storage keys that must stay until this is over. From the decision on the transaction outlives a
-        cancelled caller, and `recorded` waits for it.
+        `pins` are storage keys that must stay until this is over, `ahead` is that of `look`. From the decision on the
+        transaction outlives a cancelled caller, and `recorded` waits for it.
         """
         held = tuple(pins)
         if not self._scopes.take(scope):
-            return await self._transact_in_turn(scope, decide, held)
+            return await self._transact_in_turn(scope, decide, held, ahead)
         # The way of nearly all writes: decided, handed over and waited for with no task of its own.
         try:
             outcome = decide()
@@ -211,7 +227,7 @@ class Registry:
             raise
         if written is None:
             self._scopes.release(scope)
-            return await self._transact_in_turn(scope, decide, held)
+            return await self._transact_in_turn(scope, decide, held, ahead)
         try:
             return await written
         except JournalFailed:
@@ -236,11 +252,15 @@ class Registry:
         self._arrive(pins, key)
 
     async def _transact_in_turn(
-        self, scope: str, decide: Callable[[], Change | _T], pins: tuple[str, ...]
+        self,
+        scope: str,
+        decide: Callable[[], Change | _T],
+        pins: tuple[str, ...],
+        ahead: Callable[[], Sequence[int]] | None,
     ) -> Entry | _T:
         """The same for a write that waits: for its turn, for a record, or for room."""
         abandoned = asyncio.Event()
-        task = asyncio.create_task(self._transact(scope, decide, abandoned))
+        task = asyncio.create_task(self._transact(scope, decide, abandoned, ahead))
         self.pin(pins)
         self._transactions.add(task)
         task.add_done_callback(self._transactions.discard)
@@ -251,10 +271,16 @@ class Registry:
             abandoned.set()
             raise
 
-    async def _transact(self, scope: str, decide: Callable[[], Change | _T], abandoned: asyncio.Event) -> Entry | _T:
+    async def _transact(
+        self,
+        scope: str,
+        decide: Callable[[], Change | _T],
+        abandoned: asyncio.Event,
+        ahead: Callable[[], Sequence[int]] | None,
+    ) -> Entry | _T:
         await self._scopes.wait(scope)
         try:
-            outcome = await self.look(decide)
+            outcome = await self.look(decide, ahead=ahead)
             if not isinstance(outcome, Change):
                 return outcome
             if abandoned.is_set():  # its caller may have come again, and would not find it

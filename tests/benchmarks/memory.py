@@ -89,7 +89,7 @@ class Lab:
 
 
 def measure(bench: Bench) -> Iterator[Table]:
-    one, each_of_eight = (int(bench.pick(*sizes)) * _MIB for sizes in ((1024, 256), (256, 32)))
+    one, each_of_eight = (int(bench.pick(*sizes)) * _MIB for sizes in ((1024, 256), (1024, 32)))
     for backend in ("disk", "S3"):
         table = Table(
             f"Storing {mebibytes(one)} MiB to {backend}, or {_AT_ONCE} times {mebibytes(each_of_eight)} MiB at once: "
@@ -118,7 +118,7 @@ def _measure_backend(bench: Bench, table: Table, backend: str, *stores: tuple[in
         _add(table, f"none, {backend}", [_idle(worker, caller, bench.pick(4, 2))])
         for sizes in stores:
             what = backend if len(sizes) == 1 else f"{backend}, {len(sizes)} at once"
-            for way, work in (("HTTP PUT", _send), ("upload", _push)):
+            for way, work in WAYS.items():
                 seen, control = lab.rounds(work, sizes)
                 _add(table, f"control: {way}, {what}", control, size=sum(sizes))
                 _add(table, f"{way}, {what}", seen, size=sum(sizes), control=control)
@@ -208,3 +208,6 @@ def _push(source: Source) -> None:
             await asyncio.gather(*pushes)
 
     asyncio.run(work())
+
+
+WAYS: dict[str, Work] = {"HTTP PUT": _send, "upload": _push}

@@ -93,10 +93,14 @@ class Catalog:
         row = self.table.newest(model_id)
         if row == NO_ROW or self.table.model[row] != model_id:
             return None
-        rows = sorted(self.table.rows(model_id))
-        names = {self.table.version[row]: row for row in rows}
         aliases = {alias: version for alias, (version, _) in self.aliases.get(model_id.lower(), {}).items()}
-        return ModelEntry(model_id, _Versions(self, names), aliases)
+        return ModelEntry(model_id, _Versions(self, model_id), aliases)
+
+    def records_of(self, model_id: str) -> list[int]:
+        """The sequences of the records that tell of the model's versions, deleted ones included."""
+        table = self.table
+        rows = list(table.rows(model_id))
+        return [table.stored[row] for row in rows] + [table.updated[row] for row in rows if table.updated[row]]
 
     def versions_of(self, model_id: str, limit: int) -> tuple[list[int], int]:
         """The rows of the model's visible versions, newest first and at most `limit`, and how many more there are."""
@@ -397,20 +401,24 @@ def _no_rows() -> array[int]:
 
 
 class _Versions(Mapping[str, VersionEntry]):
-    """The versions of a model, each read when it is asked for."""
+    """The versions of a model in the order they were stored, each read when it is asked for."""
 
-    def __init__(self, catalog: Catalog, rows: dict[str, int]) -> None:
+    def __init__(self, catalog: Catalog, model: str) -> None:
         self._catalog = catalog
-        self._rows = rows
+        self._model = model
 
     def __getitem__(self, version: str) -> VersionEntry:
-        return self._catalog.entry(self._rows[version])
+        entry = self._catalog.find(self._model, version)
+        if entry is None:
+            raise KeyError(version)
+        return entry
 
     def __contains__(self, version: object) -> bool:
-        return version in self._rows
+        return isinstance(version, str) and self._catalog.table.find(self._model, version) != NO_ROW
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        table = self._catalog.table
+        return iter([table.version[row] for row in sorted(table.rows(self._model))])
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(1 for _ in self._catalog.table.rows(self._model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -96,7 +97,7 @@ class Editing:
                 record["until"] = now + int(self._policy.undo_s * 1000)
             return Change("delete", with_request(record, context))
 
-        reply = await self._write(params.model_id, decide)
+        reply = await self._write(params.model_id, decide, whole=params.version is None)
         for version in reply["versions"]:
             self._cache.forget(params.model_id, version)
         return cast(DeleteReply, reply)
@@ -126,7 +127,7 @@ class Editing:
             }
             return Change("restore", with_request(record, context))
 
-        return cast(RestoreReply, await self._write(params.model_id, decide))
+        return cast(RestoreReply, await self._write(params.model_id, decide, whole=True))
 
     async def set_alias(self, params: SetAlias, context: Context) -> AliasReply:
         def decide() -> Change | AliasReply:
@@ -178,8 +179,10 @@ class Editing:
             raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"There is no model {model_id}.", modelId=model_id)
         return model
 
-    async def _write(self, model_id: str, decide: Any) -> dict[str, Any]:
-        outcome = await self._registry.transact(model_id.lower(), decide)
+    async def _write(self, model_id: str, decide: Any, *, whole: bool = False) -> dict[str, Any]:
+        """`whole`: all versions of the model are looked at."""
+        ahead = partial(self._registry.catalog.records_of, model_id) if whole else None
+        outcome = await self._registry.transact(model_id.lower(), decide, ahead=ahead)
         if not isinstance(outcome, Entry):
             return cast(dict[str, Any], outcome)
         return await self._registry.look(lambda: answer_of(outcome, self._registry.catalog))
