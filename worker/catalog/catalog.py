@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from worker.catalog.order import Order, Rows
 from worker.catalog.records import AppendedEntry, IndexedBlock, IndexedLine, IndexedRecord, IndexedRequest, indexed
 from worker.catalog.requests import RememberedRequest, RememberedRequests
 from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, VersionTable
+from worker.catalog.versions import Versions
 from worker.catalog.work import Work
 
 _CACHED_BYTES = 16 * 1024 * 1024  # of lines; their entries, with a reply each, take some five times as much
@@ -94,7 +95,7 @@ class Catalog:
         if row == NO_ROW or self.table.model[row] != model_id:
             return None
         aliases = {alias: version for alias, (version, _) in self.aliases.get(model_id.lower(), {}).items()}
-        return ModelEntry(model_id, _Versions(self, model_id), aliases)
+        return ModelEntry(model_id, Versions(self.table, model_id, self.entry), aliases)
 
     def records_of(self, model_id: str) -> list[int]:
         """The sequences of the records that tell of the model's versions, deleted ones included."""
@@ -398,27 +399,3 @@ class Catalog:
 
 def _no_rows() -> array[int]:
     return array("I")
-
-
-class _Versions(Mapping[str, VersionEntry]):
-    """The versions of a model in the order they were stored, each read when it is asked for."""
-
-    def __init__(self, catalog: Catalog, model: str) -> None:
-        self._catalog = catalog
-        self._model = model
-
-    def __getitem__(self, version: str) -> VersionEntry:
-        entry = self._catalog.find(self._model, version)
-        if entry is None:
-            raise KeyError(version)
-        return entry
-
-    def __contains__(self, version: object) -> bool:
-        return isinstance(version, str) and self._catalog.table.find(self._model, version) != NO_ROW
-
-    def __iter__(self) -> Iterator[str]:
-        table = self._catalog.table
-        return iter([table.version[row] for row in sorted(table.rows(self._model))])
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self._catalog.table.rows(self._model))
