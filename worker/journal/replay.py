@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 from uuid import uuid4
@@ -238,8 +239,9 @@ class _Boot:
     def read_sealed(self) -> Sealed:
         """All files but the active one; nothing is changed."""
         # Checksums are taken beside all else: a file's own while its index is loaded, or the one before it is folded.
+        check = partial(check_size_and_crc, self._files, self._folder)
         with ThreadPoolExecutor(1, thread_name_prefix="journal-check") as beside:
-            verdicts = [beside.submit(self._check, file) for file in self._manifest.sealed]
+            verdicts = [beside.submit(check, file) for file in self._manifest.sealed]
             try:
                 for file, sound in zip(self._manifest.sealed, verdicts, strict=True):
                     (self._read_base if is_base(file.name) else self._read_segment)(file, sound)
@@ -273,9 +275,6 @@ class _Boot:
         )
 
     # --- a base ---
-
-    def _check(self, file: SealedFile) -> bool:
-        return check_size_and_crc(self._files, self._folder, file)
 
     def _read_base(self, file: SealedFile, sound: Future[bool]) -> None:
         if file.name not in self._names:
