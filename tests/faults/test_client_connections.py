@@ -87,6 +87,8 @@ async def test_a_request_that_is_lost_with_its_queue_is_sent_again(
         channel = await connection.channel()
         deleted = await channel.queue_delete(topology.request_queue(rack))
         assert (deleted.message_count or 0) >= 1
+        done, _ = await asyncio.wait([call], timeout=6 * SOON_S)  # it is sent again while there is no queue
+        assert not done
         async with serving(amqp_url, rack) as served:
             assert (await call)["effects"] == 1
             assert served.dispatcher.effects.total() == 1

@@ -134,8 +134,10 @@ class AmqpCaller:
                 "ERR_INVALID_REQUEST", f"The body is over {MAX_BODY_BYTES} bytes.", maxBodySize=MAX_BODY_BYTES
             )
 
+        request = _Request(method, body, time.monotonic() + timeout_s)
+
         async def attempt(left_s: float, key: str | None) -> dict[str, Any]:
-            request = _Request(method, body, key, time.monotonic() + left_s)
+            request.key = key
             try:
                 async with asyncio.timeout(left_s):
                     reply = await self._answer(request)
@@ -280,12 +282,13 @@ class AmqpCaller:
 
 @dataclass(slots=True)
 class _Request:
-    """One attempt. `deadline` is in seconds of `time.monotonic`; `taken`: the broker has it, for all we know."""
+    """A call, in all its attempts. `deadline` is in seconds of `time.monotonic`; `taken`: the broker has had it, for all
+    we know."""
 
     method: str
     body: bytes
-    key: str | None
     deadline: float
+    key: str | None = None
     taken: bool = False
 
     def message(self, link: _Link, correlation_id: str) -> aio_pika.Message:
