@@ -36,7 +36,7 @@ MAX_DEAD_LETTERS = 10_000
 MAX_DEAD_LETTER_BYTES = 128_000_000
 MAX_LOOKS = 1_000_000
 DEAD_LETTER_TTL_MS = 14 * 24 * 3600 * 1000
-PROVISION_ATTEMPTS = 4
+PROVISION_REPEATS = 3
 PROVISION_AGAIN_S = 0.25
 
 
@@ -156,14 +156,20 @@ async def provision(connection: AbstractConnection, rack: str) -> list[Problem]:
 
     What the login may not do is an `unverified` problem. Raises LinkLostError when the connection is lost.
     """
-    wanted = topology(rack)
-    for _ in range(PROVISION_ATTEMPTS):
-        problems = [await _declare(connection, item) for item in wanted.objects]
-        problems += [await _bind(connection, binding) for binding in wanted.bindings]
+    problems = await _make(connection, rack)
+    for _ in range(PROVISION_REPEATS):
         # A queue that is being deleted can still be declared for a moment, as if it stayed.
-        if not any(problem and problem.kind == "missing" for problem in problems):
+        if not any(problem.kind == "missing" for problem in problems):
             break
         await asyncio.sleep(PROVISION_AGAIN_S)
+        problems = await _make(connection, rack)
+    return problems
+
+
+async def _make(connection: AbstractConnection, rack: str) -> list[Problem]:
+    wanted = topology(rack)
+    problems = [await _declare(connection, item) for item in wanted.objects]
+    problems += [await _bind(connection, binding) for binding in wanted.bindings]
     return [problem for problem in problems if problem is not None]
 
 
