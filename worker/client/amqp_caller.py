@@ -282,8 +282,8 @@ class AmqpCaller:
 
 @dataclass(slots=True)
 class _Request:
-    """A call, in all its attempts. `deadline` is in seconds of `time.monotonic`; `taken`: the broker has had it, for all
-    we know."""
+    """A call, in all its attempts. `deadline` is in seconds of `time.monotonic`; `taken`: for all we know the broker
+    has had it."""
 
     method: str
     body: bytes
