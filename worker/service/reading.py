@@ -89,9 +89,14 @@ class Reading:
     async def versions_of(self, model_id: str) -> VersionsOfModel:
         """The versions of a model that are not deleted, in the order they were stored; of many those stored last."""
         catalog = self._registry.catalog
+
+        def entry_of(row: int) -> VersionEntry | None:
+            # One that was purged while those before it were read has no row any more.
+            return catalog.entry(row) if catalog.has_row(row) else None
+
         rows, omitted = catalog.versions_of(model_id, VERSIONS_OF_MODEL)
-        entries = [await self._registry.look(partial(catalog.entry, row)) for row in reversed(rows)]
-        listed = [entry.listed(catalog.aliases_of(entry)) for entry in entries if entry.deleted_at is None]
+        entries = [await self._registry.look(partial(entry_of, row)) for row in reversed(rows)]
+        listed = [entry.listed(catalog.aliases_of(entry)) for entry in entries if entry and entry.deleted_at is None]
         return {"versions": listed, "omittedVersions": omitted} if omitted else {"versions": listed}
 
     async def ping(self, params: Ping, context: Context) -> PingReply:
