@@ -20,6 +20,7 @@ from worker.catalog.records import IndexedFile
 _MIX = 0x9E37_79B9_7F4A_7C15
 _KEY_CHARACTERS = 16
 _SHA_WORDS = 4  # of 8 bytes
+_NOT_HELD = (0, "", 0)
 _ROWS_READ = 8  # for one key: where so many versions have bytes that are wrong, they are stored anew
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -53,9 +54,8 @@ class BlobIndex:
         self._settled_sizes = np.empty(0, np.uint64)  # in the order of `_by_key`
         self._settled_rows = 0
         # Since then, and what uploads need.
-        self._uses: dict[str, int] = {}
+        self._held: dict[str, tuple[int, str, int]] = {}  # key -> uses; sha256 and size once the bytes are there
         self._keys_of: dict[str, tuple[str, ...]] = {}
-        self._content: dict[str, tuple[str, int]] = {}  # key -> (sha256, size), once the bytes are known to be there
         self._unneeded: set[str] = set()
         # By row: what `note` was told last.
         self.wrong: dict[int, Sequence[str]] = {}
@@ -68,7 +68,7 @@ class BlobIndex:
     # --- asking ---
 
     def needs(self, key: str) -> bool:
-        return key in self._uses or self._settled_uses(key)
+        return key in self._held or self._settled_uses(key)
 
     def key_of(self, sha256: str) -> str | None:
         """The key of a stored, verified blob with these bytes, a late one of several; of none that is known to be
@@ -96,15 +96,6 @@ class BlobIndex:
         if not len(self._by_key.hashes):
             return False
         return any(self._known.has_row(row) for row in self._by_key.rows_of(int(_key_hashes([key])[0])))
-
-    def _settled_among(self, keys: Sequence[str]) -> set[str]:
-        """Those of the keys that `_settled_uses` is true of."""
-        hashes = self._by_key.hashes
-        if not len(hashes) or not keys:
-            return set()
-        wanted = _key_hashes(keys)
-        places = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-        return {keys[at] for at in np.flatnonzero(hashes[places] == wanted).tolist() if self._settled_uses(keys[at])}
 
     # --- folding a replay ---
 
@@ -139,8 +130,8 @@ class BlobIndex:
         _, first = np.unique(self._by_key.hashes[kept], return_index=True)
         self._count = len(first)
         self.bytes = int(self._settled_sizes[kept][first].sum())
-        for key, (_, size) in self._content.items():  # what completed uploads brought
-            if not self._settled_uses(key):
+        for key, (_, sha256, size) in self._held.items():  # what completed uploads brought
+            if sha256 and not self._settled_uses(key):
                 self._count += 1
                 self.bytes += size
         self._unneeded.clear()
@@ -181,43 +172,41 @@ class BlobIndex:
 
     def use(self, files: Sequence[Blob] | Sequence[StoredFile]) -> None:
         """Count a use of each file's blob, whose bytes are there and verified."""
-        content, keys_of = self._content, self._keys_of
-        keys = [file["key"] for file in files]
-        settled = self._settled_among([key for key in keys if key not in content])
-        for key, file in zip(keys, files, strict=True):
-            sha256, size = file["sha256"], file["size"]
-            if key not in content:
-                if key not in settled:
-                    self._count += 1
-                    self.bytes += size
-                content[key] = (sha256, size)
+        held, keys_of, unneeded = self._held, self._keys_of, self._unneeded
+        for file in files:
+            key, sha256, size = file["key"], file["sha256"], file["size"]
+            uses, known, _ = held.get(key, _NOT_HELD)
+            if not known and not self._settled_uses(key):
+                self._count += 1
+                self.bytes += size
+            held[key] = (uses + 1, sha256, size)
             others = keys_of.get(sha256, ())
             if key not in others:
                 keys_of[sha256] = (*others, key)
-        self.hold(keys)
+            unneeded.discard(key)
 
     def hold(self, keys: Sequence[str]) -> None:
         """Count a use of each key, whether its bytes are there or still to come."""
-        uses = self._uses
         for key in keys:
-            uses[key] = uses.get(key, 0) + 1
+            uses, sha256, size = self._held.get(key, _NOT_HELD)
+            self._held[key] = (uses + 1, sha256, size)
         self._unneeded.difference_update(keys)
 
     def release(self, keys: Iterable[str]) -> None:
         """Take back a use of each key that `use` or `hold` counted."""
         for key in keys:
-            self._uses[key] -= 1
-            if self._uses[key] == 0:
-                del self._uses[key]
-                sha256, size = self._content.pop(key, ("", 0))
-                others = tuple(other for other in self._keys_of.pop(sha256, ()) if other != key)
-                if others:
-                    self._keys_of[sha256] = others
-                if not self._settled_uses(key):
-                    if sha256:
-                        self._drop(key, size)
-                    else:
-                        self._unneeded.add(key)
+            uses, sha256, size = self._held.pop(key)
+            if uses > 1:
+                self._held[key] = (uses - 1, sha256, size)
+                continue
+            others = tuple(other for other in self._keys_of.pop(sha256, ()) if other != key)
+            if others:
+                self._keys_of[sha256] = others
+            if not self._settled_uses(key):
+                if sha256:
+                    self._drop(key, size)
+                else:
+                    self._unneeded.add(key)
 
     def forget(self, row: int, files: Sequence[StoredFile]) -> None:
         """The version in `row`, which is gone by now, needs its files no more."""

@@ -25,7 +25,7 @@ from worker.catalog.blobs import BlobIndex
 from worker.catalog.entries import Deletion, ModelEntry, VersionEntry
 from worker.catalog.entry_cache import EntryCache
 from worker.catalog.order import Order, Rows
-from worker.catalog.records import AppendedEntry, IndexedBlock, IndexedLine, IndexedRecord, IndexedRequest, indexed
+from worker.catalog.records import AppendedEntry, IndexedBlock, IndexedLine, IndexedRecord, IndexedRequest
 from worker.catalog.requests import RememberedRequest, RememberedRequests
 from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, VersionTable
 from worker.catalog.versions import Versions
@@ -76,6 +76,7 @@ class Catalog:
         self._entries = EntryCache(_CACHED_BYTES)
         self._replaying = True
         self._apply: dict[str, Callable[[Any, int, int], None]] = {
+            "store": self._store,
             "update": self._update,
             "delete": self._delete,
             "restore": self._restore,
@@ -198,14 +199,8 @@ class Catalog:
 
     def apply(self, entries: Sequence[AppendedEntry]) -> None:
         """Fold records that came after the replay. One about what is not there changes nothing."""
-        stores: list[AppendedEntry] = []
         for entry in entries:
-            if entry.op == "store":
-                stores.append(entry)
-            else:
-                self._store(stores)
-                stores = []
-                self._apply[entry.op](entry.record, entry.sequence, entry.time_ms)
+            self._apply[entry.op](entry.record, entry.sequence, entry.time_ms)
             self.last_ms = entry.time_ms
             if entry.time_ms > self.time_ms:
                 self.time_ms = entry.time_ms
@@ -213,7 +208,6 @@ class Catalog:
             if idem is not None:
                 request = RememberedRequest(idem["hash"], entry.sequence, entry.time_ms)
                 self.requests.add(idem["key"], request)
-        self._store(stores)
 
     # What of a record is decoded for `take`.
     record = IndexedRecord
@@ -240,7 +234,11 @@ class Catalog:
             return
         records = [line.record for line in lines]
         first, by_tag = len(self.table), self.by_tag
-        self._add(records, [line.sequence for line in lines])
+        self.totals.models += self.table.extend(records, [line.sequence for line in lines])
+        self.totals.versions += len(records)
+        self.totals.bytes += sum([record.size for record in records])
+        for order in self.orders.values():
+            order.add(range(first, len(self.table)))
         self.blobs.replay(first, [record.files for record in records])
         for row, tags in enumerate([record.metadata.tags for record in records], first):
             for tag in tags:
@@ -261,24 +259,19 @@ class Catalog:
         self.blobs.settle((np.frombuffer(bytes(self.table.state), np.uint8) & FORGOTTEN) == 0)
         self._replaying = False
 
-    def _add(self, records: Sequence[IndexedRecord], sequences: Sequence[int]) -> None:
-        first = len(self.table)
-        self.totals.models += self.table.extend(records, sequences)
-        self.totals.versions += len(records)
-        self.totals.bytes += sum([record.size for record in records])
+    def _store(self, record: Any, sequence: int, time_ms: int) -> None:
+        totals, row, size = self.totals, len(self.table), record["size"]
+        totals.models += self.table.append(
+            record["model"], record["version"], record["type"], size, record["created"], sequence
+        )
+        totals.versions += 1
+        totals.bytes += size
         for order in self.orders.values():
-            order.add(range(first, len(self.table)))
-
-    def _store(self, entries: list[AppendedEntry]) -> None:
-        first = len(self.table)
-        records = [entry.record for entry in entries]
-        self._add([indexed(record) for record in records], [entry.sequence for entry in entries])
-        self.blobs.use([file for record in records for file in record["files"]])
-        for row, record in enumerate(records, first):
-            self._tag(row, record["metadata"])
-            if "upload" in record:
-                entry = entries[row - first]
-                self._work.store_upload(record["upload"], entry.sequence, entry.time_ms)
+            order.add((row,))
+        self.blobs.use(record["files"])
+        self._tag(row, record["metadata"])
+        if "upload" in record:
+            self._work.store_upload(record["upload"], sequence, time_ms)
 
     def _update(self, record: Any, sequence: int, time_ms: int) -> None:
         row = self.table.find(record["model"], record["version"])

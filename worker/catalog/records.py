@@ -79,14 +79,3 @@ class AppendedEntry(Protocol):
 
     @property
     def record(self) -> dict[str, Any]: ...
-
-
-def indexed(record: dict[str, Any]) -> IndexedRecord:
-    """What the table has of a `store` record."""
-    return IndexedRecord(
-        model=record["model"],
-        version=record["version"],
-        type=record["type"],
-        size=record["size"],
-        created=record["created"],
-    )

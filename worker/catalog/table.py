@@ -95,11 +95,9 @@ class VersionTable:
 
     def show(self, row: int) -> bool:
         """Take the delete back: whether its model had no visible version."""
-        key = self.model[row].lower()
-        before = self._count_seen(key)
-        self._seen[key] = before + 1
+        first = self._see_another(self.model[row].lower())
         self.state[row] &= ~DELETED
-        return not before
+        return first
 
     def count_visible(self, model: str) -> int:
         """How many versions of the model with this id in any case are visible."""
@@ -114,9 +112,41 @@ class VersionTable:
             count = sum(not state[row] & _HIDDEN for row in self.rows(key))
         return count
 
+    def _see_another(self, key: str) -> bool:
+        """One more version of the model is about to be visible: whether it is the only one."""
+        before = self._count_seen(key)
+        self._seen[key] = before + 1
+        return not before
+
+    def append(self, model: str, version: str, kind: str, size: int, created: int, sequence: int) -> bool:
+        """A row for a version, the newest of its model, stored at `sequence`: whether the model had no visible one."""
+        row, key = len(self.model), model.lower()
+        if key == model:
+            key = model
+        before = self._newest.get(key, NO_ROW)
+        seen = before == NO_ROW
+        if not seen:
+            model = self.model[before]  # one string object for all versions
+            self.newer[before] = row
+            if key in self._seen or self.state[before] & DELETED:
+                seen = self._see_another(key)
+        if key in self._by_name:
+            self._by_name[key][version] = row
+        self.newer.append(NO_ROW)
+        self.state.append(0)
+        self.model.append(model)
+        self.older.append(before)
+        self._newest[key] = row
+        self.version.append(self._version_names.setdefault(version, version))
+        self.type.append(self._code_of(kind))
+        self.size.append(size)
+        self.created.append(created)
+        self.stored.append(sequence)
+        self.updated.append(0)
+        return seen
+
     def extend(self, records: Sequence[IndexedRecord], sequences: Sequence[int]) -> int:
-        """A row for each record, the newest of its model, stored at its sequence: how many models are seen now that had
-        no visible version."""
+        """As `append` for each record, in fewer steps: how many models are seen now that had no visible version."""
         first, count = len(self.model), len(records)
         newest, model, older, newer = self._newest, self.model, self.older, self.newer
         state, counted, intern = self.state, self._seen, self._version_names.setdefault
@@ -135,9 +165,7 @@ class VersionTable:
                 model.append(model[before])  # one string object for all versions
                 newer[before] = row
                 if key in counted or state[before] & DELETED:
-                    visible = self._count_seen(key)
-                    counted[key] = visible + 1
-                    seen += not visible
+                    seen += self._see_another(key)
             older.append(before)
             newest[key] = row
         if self._by_name:
