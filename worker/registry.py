@@ -100,7 +100,7 @@ class Registry:
         self._pins: dict[str, int] = {}
         self._unpinned: set[str] = set()
         self._listeners: list[Callable[[Entry], None]] = []
-        self._moved = asyncio.Event()
+        self._moved: asyncio.Event | None = None  # while somebody waits for it
         self._transactions: set[asyncio.Task[Any]] = set()
         self._under_way: dict[str, asyncio.Future[None]] = {}  # requests whose record is on its way, by their key
 
@@ -300,8 +300,9 @@ class Registry:
         for entry in entries:
             for listener in self._listeners:
                 listener(entry)
-        self._moved.set()
-        self._moved = asyncio.Event()
+        if self._moved is not None:
+            self._moved.set()
+            self._moved = None
 
     def listen(self, listener: Callable[[Entry], None]) -> None:
         """Call `listener` for each entry, in order, once it is in the catalog; it must not block or raise."""
@@ -309,6 +310,8 @@ class Registry:
 
     async def moved(self, timeout_s: float) -> None:
         """Wait until something is written, at most `timeout_s`."""
+        if self._moved is None:
+            self._moved = asyncio.Event()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._moved.wait()

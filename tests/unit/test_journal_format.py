@@ -152,8 +152,9 @@ def test_a_last_newline_that_turned_into_another_byte_is_damage(byte: bytes) -> 
 
 def test_a_batch_is_its_lines_one_after_the_other() -> None:
     payloads = [encode("put", {"n": n, "text": "x" * n}) for n in range(5)]
-    lines, crc = [], 0x1234
+    data, offsets, crc = b"", [], 0x1234
     for sequence, payload in enumerate(payloads, 98):
         line, crc = make_line(sequence, 98, 1790000000000, payload, crc)
-        lines.append(line)
-    assert make_batch(98, 1790000000000, payloads, 0x1234) == (b"".join(lines), [len(line) for line in lines], crc)
+        offsets.append(7000 + len(data))
+        data += line
+    assert make_batch(98, 1790000000000, payloads, 0x1234, 7000) == (data, offsets, crc)

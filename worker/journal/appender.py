@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -119,10 +118,13 @@ class Appender:
         descriptors or no memory: nothing of the batch is in the journal then, and it goes on.
         Raises JournalFailed if it is unknown whether the batch is durable.
         """
-        with self._failing():
+        self._check()
+        try:  # not `_failing`, which takes time
             if at_any_cost:
                 return self._helped(partial(self._append, payloads))
             return self._append(payloads)
+        except (SyncFailed, OSError) as error:
+            raise self._sorted(error) from error
 
     def _append(self, payloads: Sequence[bytes]) -> tuple[int, int]:
         if self._last_op == SEAL:
@@ -209,13 +211,13 @@ class Appender:
     def _write_batch(self, payloads: Sequence[bytes], op: str) -> int:
         segment = self.segments[-1]
         first, time_ms = self.sequence + 1, int(self._clock() * 1000)
-        data, lengths, crc = make_batch(first, time_ms, payloads, self._crc)
-        self._write_durably(data, segment.size)
-        *offsets, end = accumulate(lengths, initial=segment.size)
-        segment.note(offsets, range(first, first + len(lengths)))
-        segment.size = end
+        start = segment.size
+        data, offsets, crc = make_batch(first, time_ms, payloads, self._crc, start)
+        self._write_durably(data, start)
+        segment.note(offsets, range(first, first + len(offsets)))
+        segment.size = start + len(data)
         self._crc, self._last_op = crc, op
-        self.sequence += len(lengths)
+        self.sequence += len(offsets)
         self._unsummed.append(data)
         self._unsummed_bytes += len(data)
         return time_ms
@@ -284,20 +286,26 @@ class Appender:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Sort what a disk can answer into the two errors that callers know."""
-        if self.failure is not None:
-            raise JournalFailed(self.failure)
+        self._check()
         try:
             yield
-        except SyncFailed as error:
+        except (SyncFailed, OSError) as error:
+            raise self._sorted(error) from error
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise JournalFailed(self.failure)
+
+    def _sorted(self, error: SyncFailed | OSError) -> JournalFailed | ModelManagerError:
+        """What a disk can answer is one of two errors that callers know."""
+        if isinstance(error, SyncFailed):
             self.fsync_failures += 1
             self.observe.fsync_failed()
             self.failure = f"fsync failed: {error}"
-            raise JournalFailed(self.failure) from error
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                self.reserve.found_full()
-            if error.errno in _PASSING:
-                raise ModelManagerError(_PASSING[error.errno], "The registry cannot be written now.") from error
-            self.failure = f"the disk failed: {error.strerror}"
-            raise JournalFailed(self.failure) from error
+            return JournalFailed(self.failure)
+        if error.errno in NO_ROOM:
+            self.reserve.found_full()
+        if error.errno in _PASSING:
+            return ModelManagerError(_PASSING[error.errno], "The registry cannot be written now.")
+        self.failure = f"the disk failed: {error.strerror}"
+        return JournalFailed(self.failure)

@@ -95,21 +95,24 @@ def make_line(sequence: int, batch: int, time_ms: int, payload: bytes, seed: int
     return close(b'{"v":1,"seq":%d,"b":%d,"t":%d,%b' % (sequence, batch, time_ms, payload), seed)
 
 
-def make_batch(first: int, time_ms: int, payloads: Sequence[bytes], seed: int) -> tuple[bytes, list[int], int]:
-    """The lines of a batch in one piece, the length of each, and the crc of the last.
+def make_batch(
+    first: int, time_ms: int, payloads: Sequence[bytes], seed: int, offset: int
+) -> tuple[bytes, list[int], int]:
+    """The lines of a batch in one piece that is to lie at `offset`, where each begins, and the crc of the last.
 
     As `make_line` for each, without a copy of a payload before the last one.
     """
     pieces: list[bytes] = []
-    lengths: list[int] = []
+    offsets: list[int] = []
     after_sequence = b',"b":%d,"t":%d,' % (first, time_ms)
     crc = seed
     for sequence, payload in enumerate(payloads, first):
+        offsets.append(offset)
         head = b'{"v":1,"seq":%d%b' % (sequence, after_sequence)
         crc = crc32(payload, crc32(head, crc))
         pieces += (head, payload, b',"crc":"%08x"}\n' % crc)
-        lengths.append(len(head) + len(payload) + TAIL_BYTES)
-    return b"".join(pieces), lengths, crc
+        offset += len(head) + len(payload) + TAIL_BYTES
+    return b"".join(pieces), offsets, crc
 
 
 def checks(line: bytes, seed: int) -> bool:

@@ -46,8 +46,7 @@ class Errand:
         return self.done.set_running_or_notify_cancel()
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, eq=False):
     """What became of a batch: its entries, or the error that all of it gets. `head` is the last durable line."""
 
     batch: list[Pending]
