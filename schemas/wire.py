@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime
+from time import gmtime
 from typing import Any, NoReturn
 
 import orjson
@@ -130,4 +130,5 @@ def canonical(value: Any) -> bytes:
 def timestamp(unix_ms: int) -> str:
     """RFC 3339 in UTC with milliseconds."""
     seconds, ms = divmod(unix_ms, 1000)
-    return f"{datetime.fromtimestamp(seconds, tz=UTC).isoformat()[:19]}.{ms:03d}Z"
+    # In each reply about a version, and half the time of an f-string with seven fields.
+    return "%04d-%02d-%02dT%02d:%02d:%02d.%03dZ" % (*gmtime(seconds)[:6], ms)  # noqa: UP031

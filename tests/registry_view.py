@@ -7,6 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from worker.journal import base_name
 from worker.registry import Registry
 from worker.upkeep.compaction_child import compact
@@ -19,7 +21,12 @@ def view(registry: Registry) -> dict[str, Any]:
     for name in sorted({model for row, model in enumerate(catalog.table.model) if catalog.has_row(row)}):
         model = catalog.model(name)
         assert model is not None
-        entries = [catalog.entry(catalog.table.find(name, version), wait=True) for version in model.versions]
+        entries = [
+            replace(
+                catalog.entry(catalog.table.find(name, version), wait=True), _description=None
+            )  # made when asked for
+            for version in model.versions
+        ]
         versions[name] = ([(entry, catalog.aliases_of(entry)) for entry in entries], dict(model.aliases))
     known = [entry for entries, _ in versions.values() for entry, _ in entries]
     keys = {file["key"] for entry in known for file in (*entry.files, *entry.moved)} | {

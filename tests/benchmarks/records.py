@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from schemas.journal import StoreRecord
-from worker.journal import Entry, Journal
+from worker.journal import SEGMENT_BYTES, Entry, Journal
 
 TYPES = ("onnx", "pytorch", "tensorflow", "safetensors", "gguf")
 TAGS = 40
@@ -56,13 +56,13 @@ def store_record(number: int, *, rack: str = "bench") -> StoreRecord:
     }
 
 
-def write_journal(folder: Path, count: int, *, rack: str = "bench") -> None:
+def write_journal(folder: Path, count: int, *, rack: str = "bench", segment_bytes: int = SEGMENT_BYTES) -> None:
     """A journal with the records 0 to `count`, written as the worker writes it."""
-    asyncio.run(_write(folder, count, rack))
+    asyncio.run(_write(folder, count, rack, segment_bytes))
 
 
-async def _write(folder: Path, count: int, rack: str) -> None:
-    journal = await asyncio.to_thread(Journal.open, folder, replay=_ignore)
+async def _write(folder: Path, count: int, rack: str, segment_bytes: int) -> None:
+    journal = await asyncio.to_thread(Journal.open, folder, replay=_ignore, segment_bytes=segment_bytes)
     journal.start(lambda _: None)
     numbers = iter(range(count))
 
@@ -71,6 +71,18 @@ async def _write(folder: Path, count: int, rack: str) -> None:
             await journal.append("store", dict(store_record(number, rack=rack)))
 
     await asyncio.gather(*(writer() for _ in range(_WRITERS)))
+    await journal.close()
+
+
+def seal(folder: Path) -> None:
+    """Leave no record in the active file of the journal."""
+    asyncio.run(_seal(folder))
+
+
+async def _seal(folder: Path) -> None:
+    journal = await asyncio.to_thread(Journal.open, folder, replay=_ignore)
+    journal.start(lambda _: None)
+    await journal.rotate()
     await journal.close()
 
 

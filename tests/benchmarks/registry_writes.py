@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.peers import SqliteWrites, Writes, appended
 from tests.benchmarks.records import VERSIONS_PER_MODEL, store_record
-from tests.benchmarks.redis_writes import CONNECTIONS, redis_server, redis_writes
+from tests.benchmarks.redis_peer import CONNECTIONS, redis_server, redis_writes
 from tests.benchmarks.rounds import best_of
 from tests.benchmarks.table import Table, Target, microseconds, milliseconds, rate, times
 from worker.journal.format import encode, make_line

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
+from msgspec.structs import force_setattr
+
 from schemas.ids import digest_of
 from schemas.journal import Blob, PlannedFile, StoredFile, StoreRecord, UpdateRecord
 from schemas.model import File, ListedVersion, State
@@ -22,8 +25,7 @@ class Deletion:
     sequence: int
 
 
-@dataclass(frozen=True, slots=True)
-class VersionEntry:
+class VersionEntry(msgspec.Struct, frozen=True, gc=False):
     """A stored version, as its records say. `checksum` is sha256 in hex, times are unix milliseconds, `sequence` is its
     `store` record's.
 
@@ -48,7 +50,7 @@ class VersionEntry:
     moved: tuple[Blob, ...] = ()
     deleted_at: int | None = None
     restorable_until: int | None = None
-    _description: MetadataReply | None = field(default=None, init=False, repr=False, compare=False)
+    _description: MetadataReply | None = None
 
     @classmethod
     def of(
@@ -104,7 +106,7 @@ class VersionEntry:
         description = self._description
         if description is None:
             description = self._describe()
-            object.__setattr__(self, "_description", description)  # made once: all of it but the aliases is final
+            force_setattr(self, "_description", description)  # made once: all of it but the aliases is final
         reply = description.copy()
         reply["aliases"] = aliases
         return reply
