@@ -21,12 +21,8 @@ def view(registry: Registry) -> dict[str, Any]:
     for name in sorted({model for row, model in enumerate(catalog.table.model) if catalog.has_row(row)}):
         model = catalog.model(name)
         assert model is not None
-        entries = [
-            replace(
-                catalog.entry(catalog.table.find(name, version), wait=True), _description=None
-            )  # made when asked for
-            for version in model.versions
-        ]
+        found = [catalog.entry(catalog.table.find(name, version), wait=True) for version in model.versions]
+        entries = [replace(entry, _description=None) for entry in found]  # which is made when it is asked for
         versions[name] = ([(entry, catalog.aliases_of(entry)) for entry in entries], dict(model.aliases))
     known = [entry for entries, _ in versions.values() for entry, _ in entries]
     keys = {file["key"] for entry in known for file in (*entry.files, *entry.moved)} | {
