@@ -208,8 +208,9 @@ class Registry:
             if not isinstance(outcome, Change):
                 self._scopes.release(scope)
                 return outcome
-            self.pin(held)
-            key = self._depart(outcome)
+            if held:
+                self.pin(held)
+            key = self._depart(outcome) if "idem" in outcome.record else None
             try:
                 written = self.journal.submit(outcome.op, outcome.record, partial(self._settled, scope, held, key))
             except BaseException:
@@ -249,7 +250,8 @@ class Registry:
 
     def _settled(self, scope: str, pins: tuple[str, ...], key: str | None) -> None:
         self._scopes.release(scope)
-        self._arrive(pins, key)
+        if pins or key is not None:
+            self._arrive(pins, key)
 
     async def _transact_in_turn(
         self,

@@ -176,7 +176,7 @@ class BlobIndex:
         for file in files:
             key, sha256, size = file["key"], file["sha256"], file["size"]
             uses, known, _ = held.get(key, _NOT_HELD)
-            if not known and not self._settled_uses(key):
+            if not known and not (self._settled_rows and self._settled_uses(key)):
                 self._count += 1
                 self.bytes += size
             held[key] = (uses + 1, sha256, size)

@@ -138,7 +138,8 @@ class VersionTable:
         self.older.append(before)
         self._newest[key] = row
         self.version.append(self._version_names.setdefault(version, version))
-        self.type.append(self._code_of(kind))
+        code = self._type_codes.get(kind)
+        self.type.append(self._code_of(kind) if code is None else code)
         self.size.append(size)
         self.created.append(created)
         self.stored.append(sequence)

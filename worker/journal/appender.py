@@ -66,7 +66,7 @@ class Appender:
         self.reserve = reserve
         self._digest = Digest()
         self._unsummed: list[bytes] = []
-        self._unsummed_bytes = 0
+        self._unsummed_bytes = self._unsummed_lines = 0
         self._crc = recovered.crc
         self._last_op = recovered.last_op
         self._fd = files.open(folder / recovered.manifest.active, os.O_RDWR)
@@ -94,9 +94,9 @@ class Appender:
     def sum_up(self) -> Digest:
         """Of the active segment."""
         if self._unsummed:
-            self._digest.update(b"".join(self._unsummed))
+            self._digest.update(b"".join(self._unsummed), lines=self._unsummed_lines)
             self._unsummed.clear()
-            self._unsummed_bytes = 0
+            self._unsummed_bytes = self._unsummed_lines = 0
         return self._digest
 
     def sum_up_if_due(self) -> None:
@@ -220,6 +220,7 @@ class Appender:
         self.sequence += len(offsets)
         self._unsummed.append(data)
         self._unsummed_bytes += len(data)
+        self._unsummed_lines += len(offsets)
         return time_ms
 
     def _write_durably(self, data: bytes, offset: int) -> None:

@@ -208,7 +208,7 @@ class Journal:
         if op in CONTROL_OPS:
             raise ValueError(f"{op!r} belongs to the journal")
         payload = encode(op, record)
-        if self.full_since is not None and not self._frees(op, record):
+        if self._appender.reserve.full_since is not None and not self._frees(op, record):
             raise disk_full()
         return payload
 

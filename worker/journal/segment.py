@@ -49,9 +49,10 @@ class Digest:
         self.crc32 = 0
         self._sha256 = hashlib.sha256()
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes, *, lines: int | None = None) -> None:
+        """`lines`, where it is known how many `data` has."""
         self.size += len(data)
-        self.lines += data.count(b"\n")
+        self.lines += data.count(b"\n") if lines is None else lines
         self.crc32 = crc32(data, self.crc32)
         self._sha256.update(data)
 

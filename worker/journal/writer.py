@@ -161,12 +161,14 @@ class Writer:
             item = self._queue.get(timeout=IDLE_SECONDS if self._appender.unproven or waits_for_room else None)
         except Empty:
             return batch, None, False
+        waiting = min(self._queue.qsize(), BATCH_LINES - 1)  # at least: nobody else takes
         while isinstance(item, Pending):
             batch.append(item)
             size += len(item.payload)
-            if size >= BATCH_BYTES or len(batch) == BATCH_LINES or self._queue.empty():
+            if size >= BATCH_BYTES or not waiting:
                 return batch, None, False
             item = self._queue.get_nowait()
+            waiting -= 1
         return batch, item, item is None
 
     def _commit(self) -> None:
