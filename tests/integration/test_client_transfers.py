@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -285,6 +286,26 @@ async def test_a_pull_that_is_cancelled_does_not_stand_in_the_way_of_the_next(
         await asyncio.wait([first])
         await client.pull("m", None, tmp_path / "here.bin")
     assert (tmp_path / "here.bin").read_bytes() == contents["file-0.bin"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+async def test_pulls_on_a_file_system_without_locks_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    contents = a_model(tmp_path / "rack", 3_000_000)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    here = tmp_path / "here/model.bin"
+    async with transfer_peer(tmp_path / "rack") as peer, client_of(peer) as client:
+        await asyncio.gather(*(client.pull("m", None, here) for _ in range(3)))
+        assert read(tmp_path / "here") == {"model.bin": contents["file-0.bin"]}
+        here.unlink()
+        peer.faults = ["wrong"]
+        with pytest.raises(ModelManagerError, match="checksum"):
+            await client.pull("m", None, here)
+        assert read(tmp_path / "here") == {}
 
 
 async def test_one_file_goes_to_the_named_file_or_into_the_named_folder(tmp_path: Path) -> None:

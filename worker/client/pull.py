@@ -2,12 +2,14 @@
 
 A file is written to `<name>.partial` beside its place, hashed as it comes, made durable, and renamed when it has the
 sha256 it should have. What is left by an interrupted pull is gone on with; what is there already is not fetched again.
-A lock on the partial file keeps other pulls from writing into it: what was hashed is what it holds.
+A lock on the partial file keeps other pulls from writing into it: what was hashed is what it holds. On a file system
+without locks each pull writes a file of its own, which goes with it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import os
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import aiohttp
 
 from schemas.errors import ModelManagerError
-from schemas.ids import check_path, check_paths, digest_of, hex_of
+from schemas.ids import check_path, check_paths, digest_of, hex_of, new_ulid
 from schemas.model import DeliveredFile, version_digest
 from schemas.rpc import GetModelReply
 from worker.client.progress import Meter, Report
@@ -36,6 +38,8 @@ from worker.client.transfer import (
 
 if TYPE_CHECKING:
     from worker.client.client import ModelManagerClient
+
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 
 Result = TypeVar("Result")
 
@@ -254,6 +258,7 @@ class _Partial:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._unlocked = False
         self._descriptor = -1
         self._digest = hashlib.sha256()
         self.offset = 0
@@ -282,6 +287,21 @@ class _Partial:
             raise ModelManagerError("ERR_CONFLICT", f"Another pull is writing {self._path}.") from None
         except FileNotFoundError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self._open_own()
+            return True
+
+    def _open_own(self) -> None:
+        """There are no locks: another pull may be writing at the path, or will. There is nothing to go on with."""
+        if os.fstat(self._descriptor).st_size == 0:
+            self.remove()
+        os.close(self._descriptor)
+        self._descriptor = -1
+        path = self._path.with_name(f"{self._path.name}-{new_ulid()}")
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._path, self._unlocked = path, True
 
     def take_in(self) -> int:
         """Hash some more of what was there; how many bytes, 0 at the end."""
@@ -326,6 +346,8 @@ class _Partial:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            if self._unlocked:
+                self.remove()
 
 
 def _free_suffix(paths: Sequence[str]) -> str:
