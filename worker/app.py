@@ -43,6 +43,7 @@ from worker.upkeep.archive import Archive
 from worker.upkeep.clean_up import CleanUp
 from worker.upkeep.compaction import Compaction
 from worker.upkeep.ownership import NotOwner, Owner, confirm_ownership, watch_ownership
+from worker.upkeep.scrub import Scrub
 
 _log = structlog.get_logger()
 
@@ -112,6 +113,14 @@ class App:
             period_s=settings.limits.clean_up_seconds,
             undo_s=settings.limits.undo_seconds,
             removed=self.metrics.blob_removed,
+        )
+        self.scrub = Scrub(
+            self.registry,
+            self.store,
+            is_sound=self.service.checking.is_sound,
+            judge=self.service.checking.judge,
+            period_s=settings.limits.scrub_seconds,
+            observe=self.metrics.scrub,
         )
         self.compaction = Compaction(self.registry, observe=self.metrics.journal)
         self.http = self._http_server(loaded)
@@ -194,6 +203,8 @@ class App:
         resumed = self.service.jobs.resume()
         self._background(self.clean_up.run(), "clean-up")
         self._background(self.compaction.run(), "compaction")
+        if self._settings.limits.scrub_seconds:
+            self._background(self.scrub.run(), "scrub")
         self._background(self._watch_ownership(owner), "ownership")
         if self.archive is not None:
             self._background(self.archive.run(), "archive")

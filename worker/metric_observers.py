@@ -20,6 +20,7 @@ from schemas.routes import CONTENT, FILE, ROUTES, UPLOAD_FILE
 from worker.journal.observer import JournalObserver
 from worker.storage.blobstore import StoreObserver
 from worker.upkeep.archive import ArchiveObserver
+from worker.upkeep.scrub import ScrubObserver
 
 PREFIX = "model_manager_"
 Child = TypeVar("Child", Counter, Gauge, Histogram)
@@ -275,6 +276,24 @@ class ArchiveMetrics(ArchiveObserver):
         """Set what is read for a scrape."""
         self._sequence.set(sequence)
         self._lag.set(lag_s)
+
+
+class ScrubMetrics(ScrubObserver):
+    """What the scrubbing finds."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._blobs = objects.counter("scrub_blobs_total", "Stored blobs that were read back.", ["result"])
+        self._bytes = objects.counter("scrub_bytes_total", "Their bytes.")
+        self._ended = objects.gauge("scrub_last_pass_timestamp_seconds", "When all had been read back; 0 until then.")
+        for result in ("sound", "wrong", "unreadable"):
+            self._blobs.labels(result)
+
+    def looked_at(self, result: str, size: int) -> None:
+        self._blobs.labels(result).inc()
+        self._bytes.inc(size)
+
+    def pass_ended(self, at: float) -> None:
+        self._ended.set(at)
 
 
 class StorageMetrics(StoreObserver):

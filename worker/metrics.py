@@ -26,6 +26,7 @@ from worker.metric_observers import (
     HttpMetrics,
     JournalMetrics,
     Objects,
+    ScrubMetrics,
     StorageMetrics,
     Store,
     Values,
@@ -105,7 +106,7 @@ class Metrics:
         self._kinds = Values(("orphan", "unneeded"), room=4)
         self._state, self._store = _State(objects), Store(objects)
         self.amqp, self.http, self.journal = AmqpMetrics(objects), HttpMetrics(objects), JournalMetrics(objects)
-        self.archive = ArchiveMetrics(objects)
+        self.archive, self.scrub = ArchiveMetrics(objects), ScrubMetrics(objects)
         self._callbacks: list[Callable[[], None]] = []
         for method in METHODS:
             self._durations[method,]

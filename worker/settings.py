@@ -140,6 +140,7 @@ class LimitSettings(_Section):
     upload_seconds: Seconds = 86_400
     url_seconds: Annotated[int, Field(ge=1, le=7 * 86_400)] = 900
     clean_up_seconds: Seconds = 600.0
+    scrub_seconds: Annotated[float, Field(ge=0)] = 30 * 86_400
 
 
 class LogSettings(_Section):

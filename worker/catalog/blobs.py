@@ -87,15 +87,20 @@ class BlobIndex:
         """Whether nobody has found that the blob is gone, or not what was stored."""
         return key not in self._distrusted
 
+    def is_shared(self, key: str) -> bool:
+        """Whether more than one use of the key is counted."""
+        return self._held.get(key, _NOT_HELD)[0] + len(self._settled_rows_of(key)) > 1
+
     def take_unneeded(self) -> set[str]:
         """The keys that lost their last use since the last call."""
         unneeded, self._unneeded = self._unneeded, set()
         return unneeded
 
     def _settled_uses(self, key: str) -> bool:
-        if not len(self._by_key.hashes):
-            return False
-        return any(self._known.has_row(row) for row in self._by_key.rows_of(int(_key_hashes([key])[0])))
+        return any(self._known.has_row(row) for row in self._settled_rows_of(key))
+
+    def _settled_rows_of(self, key: str) -> list[int]:
+        return self._by_key.rows_of(int(_key_hashes([key])[0])) if len(self._by_key.hashes) else []
 
     # --- folding a replay ---
 

@@ -58,8 +58,7 @@ class Checking:
             files.append(checked)
             findings += finding
         wrong = {file["key"] for file, checked in zip(entry.files, files, strict=True) if not checked["isValid"]}
-        # The right size alone proves nothing.
-        right = {file["key"] for file in entry.files} - wrong if self._policy.check_checksums else set()
+        right = {file["key"] for file in entry.files} - wrong
         if not wrong:
             findings += await self._examining.findings(entry.type, self._examining.stored(entry.files))
         reply = ValidateReply(
@@ -76,7 +75,7 @@ class Checking:
             reply["omittedFiles"] = len(files) - len(reply["files"])
 
         async def commit() -> dict[str, Any]:
-            await self._record_verdict(entry, right, wrong)
+            await self.judge(entry, right, wrong)
             return cast(dict[str, Any], reply)
 
         return commit
@@ -117,8 +116,15 @@ class Checking:
         manifest = [(f["path"], sizes[f["path"]], str(f["actualChecksum"]).removeprefix("sha256:")) for f in files]
         return digest_of(version_digest(manifest))
 
-    async def _record_verdict(self, entry: VersionEntry, right: set[str], wrong: set[str]) -> None:
+    async def is_sound(self, file: StoredFile) -> bool:
+        """Whether its stored bytes, read back, are the right ones. ModelManagerError if the store is away."""
+        checked, _ = await self._check(file, lambda _: None)
+        return checked["isValid"]
+
+    async def judge(self, entry: VersionEntry, right: set[str], wrong: set[str]) -> None:
         """Record what was found of these blobs: for the version, and for those that were found bad for one of them."""
+        if not self._policy.check_checksums:
+            right = set()  # the right size alone proves nothing
         for model, version in {(entry.model, entry.version), *self._registry.catalog.doubting(right)}:
             await self._record_state(model, version, right, wrong)
 

@@ -51,7 +51,7 @@ class ModelService:
         self._examining = Examining(store, policy)
         self._storing = Storing(registry, store, policy, cache, self.uploads, self._examining)
         editing = Editing(registry, policy, cache)
-        checking = Checking(registry, store, policy, cache, self._examining)
+        self.checking = checking = Checking(registry, store, policy, cache, self._examining)
         self.jobs = Jobs(
             registry,
             {
