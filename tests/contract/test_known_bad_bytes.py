@@ -271,3 +271,32 @@ async def test_a_validation_says_nothing_of_a_version_that_took_the_place_of_the
     assert (await rack.call("validateModel", {"modelId": "a"}))["isValid"] is False
     assert await state(rack) == "available"
     await rack.close()
+
+
+@pytest.mark.parametrize("booted", [False, True])
+@pytest.mark.parametrize("compacted", [False, True])
+async def test_all_that_share_wrong_bytes_know_it_by_themselves(tmp_path: Path, booted: bool, compacted: bool) -> None:
+    rack = LocalRack(tmp_path).open()
+    key = (await rack.store_bytes("a", "1", GOOD))["storageKey"]
+    if booted:
+        await rack.close()
+        rack = LocalRack(tmp_path).open()
+    for model in "bc":
+        assert (await rack.store_bytes(model, "1", GOOD))["storageKey"] == key
+    await rack.store_bytes("d", "1", b"others")
+    place(rack, key).write_bytes(b"wrong" * 1000)
+    assert (await rack.call("validateModel", {"modelId": "b"}))["isValid"] is False
+    assert [await state(rack, model) for model in "abcd"] == ["quarantined"] * 3 + ["available"]
+    # The one that was looked at goes, and its record with it.
+    await rack.call("deleteModel", {"modelId": "b", "purge": True})
+    if compacted:
+        await compact_here(rack.registry)
+    await rack.close()
+    rack = LocalRack(tmp_path).open()
+    for model in "ac":
+        assert await refused(served(rack, model)) == "ERR_CHECKSUM_MISMATCH"
+    # Right bytes for one of them are for that one.
+    await rack.store_bytes("a", "1", GOOD)
+    assert await served(rack, "a") == GOOD
+    assert await state(rack, "c") == "quarantined"
+    await rack.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Scrubbed:
         self.read_at: list[float] = []
         self.rests: list[float] = []
         self.rests_left = 10_000
+        self.meanwhile: list[Callable[[], Awaitable[Any]]] = []
         self._reading_s = reading_s
         self.scrub = Scrub(
             rack.registry,
@@ -58,6 +59,8 @@ class Scrubbed:
         self.read.append(file["key"])
         self.read_at.append(self.now)
         self.now += self._reading_s
+        while self.meanwhile:
+            await self.meanwhile.pop()()
         return await self.rack.service.checking.is_sound(file)
 
     async def _sleep(self, seconds: float) -> None:
@@ -289,10 +292,24 @@ async def test_a_place_that_cannot_be_kept_does_not_stop_it(rack: LocalRack, mon
 async def test_what_is_stored_during_a_pass_is_looked_at_in_it(rack: LocalRack) -> None:
     await store(rack, "a", b"a")
     scrubbed = Scrubbed(rack)
-    passing = asyncio.create_task(scrubbed.go_through())
-    await store(rack, "b", b"b")
-    await passing
+    scrubbed.meanwhile.append(lambda: store(rack, "b", b"b"))
+    await scrubbed.go_through()
     assert scrubbed.seen.results == ["sound", "sound"]
+
+
+async def test_a_version_that_is_purged_while_it_is_read_is_no_harm(rack: LocalRack) -> None:
+    await store(rack, "a", b"a")
+    await store(rack, "b", b"b")
+
+    async def purge() -> None:
+        await rack.call("deleteModel", {"modelId": "a", "purge": True})
+        await rack.clean_up.round()
+
+    scrubbed = Scrubbed(rack)
+    scrubbed.meanwhile.append(purge)
+    await scrubbed.go_through()
+    assert scrubbed.seen.results == ["wrong", "sound"]
+    assert await state(rack, "b") == "available"
 
 
 async def test_without_checksums_the_size_is_compared(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 
 from schemas.journal import Blob, StoredFile
 from worker.catalog.records import IndexedFile
+from worker.catalog.table import NO_ROW
 
 _MIX = 0x9E37_79B9_7F4A_7C15
 _KEY_CHARACTERS = 16
 _SHA_WORDS = 4  # of 8 bytes
-_NOT_HELD = (0, "", 0)
+_NOT_HELD = (0, "", 0, NO_ROW)
 _ROWS_READ = 8  # for one key: where so many versions have bytes that are wrong, they are stored anew
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -54,7 +55,9 @@ class BlobIndex:
         self._settled_sizes = np.empty(0, np.uint64)  # in the order of `_by_key`
         self._settled_rows = 0
         # Since then, and what uploads need.
-        self._held: dict[str, tuple[int, str, int]] = {}  # key -> uses; sha256 and size once the bytes are there
+        # key -> uses; sha256 and size once the bytes are there; the row that used it first, if one did
+        self._held: dict[str, tuple[int, str, int, int]] = {}
+        self._later_rows: dict[str, list[int]] = {}  # key -> the rows that used it after that
         self._keys_of: dict[str, tuple[str, ...]] = {}
         self._unneeded: set[str] = set()
         # By row: what `note` was told last.
@@ -87,9 +90,10 @@ class BlobIndex:
         """Whether nobody has found that the blob is gone, or not what was stored."""
         return key not in self._distrusted
 
-    def is_shared(self, key: str) -> bool:
-        """Whether more than one use of the key is counted."""
-        return self._held.get(key, _NOT_HELD)[0] + len(self._settled_rows_of(key)) > 1
+    def rows_of(self, key: str) -> list[int]:
+        """The rows of the versions that may have the blob, none that has it missing: some had it, or are alike."""
+        rows = {*self._settled_rows_of(key), self._held.get(key, _NOT_HELD)[3], *self._later_rows.get(key, ())}
+        return sorted(row for row in rows if row != NO_ROW and self._known.has_row(row))
 
     def take_unneeded(self) -> set[str]:
         """The keys that lost their last use since the last call."""
@@ -135,7 +139,7 @@ class BlobIndex:
         _, first = np.unique(self._by_key.hashes[kept], return_index=True)
         self._count = len(first)
         self.bytes = int(self._settled_sizes[kept][first].sum())
-        for key, (_, sha256, size) in self._held.items():  # what completed uploads brought
+        for key, (_, sha256, size, _) in self._held.items():  # what completed uploads brought
             if sha256 and not self._settled_uses(key):
                 self._count += 1
                 self.bytes += size
@@ -168,23 +172,27 @@ class BlobIndex:
             self._distrusted.update(wrong)
         if moved:
             self.moved[row] = moved
-            self.use(moved)
+            self.use(moved, row)
         for key in wrong_before:
             self._distrusted[key] -= 1
             if not self._distrusted[key]:
                 del self._distrusted[key]
         self.release(blob["key"] for blob in moved_before)
 
-    def use(self, files: Sequence[Blob] | Sequence[StoredFile]) -> None:
-        """Count a use of each file's blob, whose bytes are there and verified."""
+    def use(self, files: Sequence[Blob] | Sequence[StoredFile], row: int = NO_ROW) -> None:
+        """Count a use of each file's blob, whose bytes are there and verified: by a version, or by an upload."""
         held, keys_of, unneeded = self._held, self._keys_of, self._unneeded
         for file in files:
             key, sha256, size = file["key"], file["sha256"], file["size"]
-            uses, known, _ = held.get(key, _NOT_HELD)
+            uses, known, _, first = held.get(key, _NOT_HELD)
             if not known and not (self._settled_rows and self._settled_uses(key)):
                 self._count += 1
                 self.bytes += size
-            held[key] = (uses + 1, sha256, size)
+            if first == NO_ROW:
+                first = row
+            elif row != NO_ROW:
+                self._later_rows.setdefault(key, []).append(row)
+            held[key] = (uses + 1, sha256, size, first)
             others = keys_of.get(sha256, ())
             if key not in others:
                 keys_of[sha256] = (*others, key)
@@ -193,17 +201,18 @@ class BlobIndex:
     def hold(self, keys: Sequence[str]) -> None:
         """Count a use of each key, whether its bytes are there or still to come."""
         for key in keys:
-            uses, sha256, size = self._held.get(key, _NOT_HELD)
-            self._held[key] = (uses + 1, sha256, size)
+            uses, sha256, size, first = self._held.get(key, _NOT_HELD)
+            self._held[key] = (uses + 1, sha256, size, first)
         self._unneeded.difference_update(keys)
 
     def release(self, keys: Iterable[str]) -> None:
         """Take back a use of each key that `use` or `hold` counted."""
         for key in keys:
-            uses, sha256, size = self._held.pop(key)
+            uses, sha256, size, first = self._held.pop(key)
             if uses > 1:
-                self._held[key] = (uses - 1, sha256, size)
+                self._held[key] = (uses - 1, sha256, size, first)
                 continue
+            self._later_rows.pop(key, None)
             others = tuple(other for other in self._keys_of.pop(sha256, ()) if other != key)
             if others:
                 self._keys_of[sha256] = others

@@ -191,6 +191,11 @@ class Catalog:
         rows = [row for row, wrong in self.blobs.wrong.items() if not keys.isdisjoint(wrong)]
         return [(self.table.model[row], self.table.version[row]) for row in rows]
 
+    def having(self, keys: Set[str]) -> list[tuple[str, str]]:
+        """Model and version of those that may have one of these blobs."""
+        rows = {row for key in keys for row in self.blobs.rows_of(key)}
+        return [(self.table.model[row], self.table.version[row]) for row in sorted(rows)]
+
     def tagged(self, tag: str) -> Rows:
         """Ascending, all visible rows with this tag; and some that had it, or are not visible any more."""
         return np.frombuffer(self.by_tag.get(tag, array("I")).tobytes(), np.uint32)
@@ -268,7 +273,7 @@ class Catalog:
         totals.bytes += size
         for order in self.orders.values():
             order.add((row,))
-        self.blobs.use(record["files"])
+        self.blobs.use(record["files"], row)
         self._tag(row, record["metadata"])
         if "upload" in record:
             self._work.store_upload(record["upload"], sequence, time_ms)

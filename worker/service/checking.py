@@ -122,10 +122,12 @@ class Checking:
         return checked["isValid"]
 
     async def judge(self, entry: VersionEntry, right: set[str], wrong: set[str]) -> None:
-        """Record what was found of these blobs: for the version, and for those that were found bad for one of them."""
+        """Record what was found of these blobs: for the version, for those that were found bad for one of them, and for
+        all that share what is wrong."""
         if not self._policy.check_checksums:
             right = set()  # the right size alone proves nothing
-        for model, version in {(entry.model, entry.version), *self._registry.catalog.doubting(right)}:
+        catalog = self._registry.catalog
+        for model, version in {(entry.model, entry.version), *catalog.doubting(right), *catalog.having(wrong)}:
             await self._record_state(model, version, right, wrong)
 
     async def _record_state(self, model: str, version: str, right: set[str], wrong: set[str]) -> None:

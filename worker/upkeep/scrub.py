@@ -133,7 +133,9 @@ class Scrub:
         verdicts = {file["key"]: await self._verdict(file) for file in entry.files}
         right = {key for key, sound in verdicts.items() if sound}
         wrong = {key for key, sound in verdicts.items() if sound is False}
-        if wrong or entry.quarantined or not all(map(catalog.blobs.trusts, verdicts)):
+        lifted = entry.quarantined and not wrong
+        # What is wrong was recorded for all that share it when the first of them was looked at.
+        if lifted or wrong - set(entry.wrong) or not all(map(catalog.blobs.trusts, right)):
             await self._judge(entry, right, wrong)
 
     async def _verdict(self, file: StoredFile) -> bool | None:
@@ -149,7 +151,7 @@ class Scrub:
             self._observe.looked_at("unreadable", size)
             return None
         self._observe.looked_at("sound" if sound else "wrong", size)
-        if self._registry.catalog.blobs.is_shared(key):
+        if len(self._registry.catalog.blobs.rows_of(key)) > 1:
             self._verdicts[key] = sound
         return sound
 
