@@ -37,13 +37,16 @@ SPEED = {
     _INDEXED: Target(0.8, 0.5, at_most=True),
 }
 _COLUMNS, _DICT, _REDIS = "SQLite: its columns, into the same catalog", "SQLite: all decoded, into a dict", "Redis: AOF"
+_DICT_UNCOLLECTED = f"{_DICT}, collector off"
 # How many times as fast as these a boot is.
-PEERS = {
+PEERS: dict[tuple[str, str], Target | None] = {
     (_CHECKED, _COLUMNS): Target(0.77, 1),
     (_SEALED, _COLUMNS): Target(1.3, 1.5),
     (_INDEXED, _COLUMNS): Target(2.3, 3),
     (_SEALED, _DICT): Target(3, 4),
+    (_SEALED, _DICT_UNCOLLECTED): None,
     (_SEALED, _REDIS): Target(0.91, 1.2),
+    (_INDEXED, _REDIS): None,
 }
 
 T = TypeVar("T")
@@ -67,6 +70,9 @@ def measure(bench: Bench) -> Iterator[Table]:
     contenders[_LOADS] = partial(_in_new_process, _loads, bench.registry)
     contenders[_COLUMNS] = partial(_timed, _in_new_process, sqlite_boot.seconds_into_catalog, database)
     contenders[_DICT] = partial(_timed, _in_new_process, sqlite_boot.seconds_into_dict, database)
+    contenders[_DICT_UNCOLLECTED] = partial(
+        _timed, _in_new_process, sqlite_boot.seconds_into_dict_uncollected, database
+    )
     if shutil.which("redis-server") and shutil.which("redis-cli"):
         contenders[_REDIS] = partial(
             _timed, RedisBoot(bench.services, bench.folder / "redis-boot", bench.versions).load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -202,3 +203,25 @@ async def test_stores_deletes_and_clean_up_at_the_same_time_lose_nothing(rack: L
             assert error.code == "ERR_MODEL_NOT_FOUND"
     await rack.clean_up.round()
     assert blob_names(rack) == set()
+
+
+@pytest.mark.parametrize("end", ["abortUpload", "completeUpload", "none"])
+async def test_bytes_that_only_an_upload_needs_any_more_are_counted_as_after_a_boot(tmp_path: Path, end: str) -> None:
+    rack = LocalRack(tmp_path).open()
+    await rack.store_bytes("one", "1.0.0", b"bytes")
+    await rack.close()
+    rack = LocalRack(tmp_path).open()
+    file = {"path": "model.custom", "size": 5, "sha256": "sha256:" + hashlib.sha256(b"bytes").hexdigest()}
+    upload = await rack.call("createUpload", {"modelId": "two", "version": "1", "files": [file]})
+    assert upload["files"][0]["present"] is True
+    await rack.call("deleteModel", {"modelId": "one", "purge": True})
+    if end != "none":
+        await rack.call(end, {"uploadId": upload["uploadId"]})
+    blobs = rack.registry.catalog.blobs
+    live = (len(blobs), blobs.bytes)
+    assert live == ((1, 5) if end == "completeUpload" else (0, 0))
+    await rack.close()
+    rack = LocalRack(tmp_path).open()
+    blobs = rack.registry.catalog.blobs
+    assert (len(blobs), blobs.bytes) == live
+    await rack.close()

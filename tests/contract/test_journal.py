@@ -357,3 +357,38 @@ async def test_a_record_that_cannot_be_taken_up_stops_the_journal(tmp_path: Path
     assert isinstance(reported[0], LookupError)
     await journal.close()
     assert len(await replayed(tmp_path)) == 1
+
+
+async def test_a_journal_that_stops_while_its_thread_takes_a_batch_leaves_nobody_waiting(tmp_path: Path) -> None:
+    journal, _ = reopened(tmp_path)
+    journal.start(lambda _: None)
+    await journal.append("put", {"n": 0})
+    writer, gate = journal._writer, threading.Event()
+    assert writer is not None
+    held = writer.run(lambda _: gate.wait(10))
+    loop, queue, thread = asyncio.get_running_loop(), writer._queue, writer._thread
+
+    class Overtaken:
+        """The queue, emptied by `abandon` between the thread's look at its length and its next take."""
+
+        stopped = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(queue, name)
+
+        def get_nowait(self) -> Any:
+            if threading.current_thread() is thread and not self.stopped:
+                self.stopped, emptied = True, threading.Event()
+                loop.call_soon_threadsafe(lambda: (journal.stop("taken over"), emptied.set()))
+                emptied.wait(10)
+            return queue.get_nowait()
+
+    await eventually(held.running)
+    writer._queue = Overtaken()  # type: ignore[assignment]
+    waiting = [asyncio.create_task(journal.append("put", {"n": n})) for n in range(5)]
+    await asyncio.sleep(0)
+    gate.set()
+    async with asyncio.timeout(10):
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(end) for end in ended] == [JournalFailed] * 5
+    await journal.close()

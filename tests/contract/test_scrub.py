@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from schemas.errors import ModelManagerError
 from schemas.journal import StoredFile
 from tests.rack import LocalRack
+from tests.registry_view import compact_here
 from worker.storage.blobstore import Document
 from worker.upkeep.scrub import DOCUMENT, Position, Scrub, ScrubObserver
 
@@ -36,7 +41,7 @@ class Scrubbed:
 
     def __init__(self, rack: LocalRack, *, period_s: float = DAY, reading_s: float = 0.0, now: float = 1e9) -> None:
         self.rack = rack
-        self.now = now
+        self.now = self.timer = now
         self.seen = Seen()
         self.read: list[str] = []
         self.read_at: list[float] = []
@@ -52,23 +57,31 @@ class Scrubbed:
             period_s=period_s,
             observe=self.seen,
             clock=lambda: self.now,
+            timer=lambda: self.timer,
             sleep=self._sleep,
         )
 
     async def _is_sound(self, file: StoredFile) -> bool:
         self.read.append(file["key"])
         self.read_at.append(self.now)
-        self.now += self._reading_s
-        while self.meanwhile:
+        self._pass(self._reading_s)
+        if self.meanwhile:
             await self.meanwhile.pop()()
         return await self.rack.service.checking.is_sound(file)
 
     async def _sleep(self, seconds: float) -> None:
         self.rests.append(seconds)
-        self.now += seconds
+        self._pass(seconds)
         await asyncio.sleep(0)
         if len(self.rests) >= self.rests_left:
             raise asyncio.CancelledError
+
+    def _pass(self, seconds: float) -> None:
+        self.now += seconds
+        self.timer += seconds
+
+    async def set_clock(self, by: float) -> None:
+        self.now += by
 
     async def go_through(self) -> Position:
         return await self.scrub.go_through(await self.scrub.position())
@@ -85,6 +98,10 @@ async def rack(tmp_path: Path) -> AsyncIterator[LocalRack]:
     rack = LocalRack(tmp_path).open()
     yield rack
     await rack.close()
+
+
+def beginning(rack: LocalRack, now: float) -> Position:
+    return Position(rack.registry.journal.registry_id, rack.registry.journal.epoch, now)
 
 
 def place(rack: LocalRack, key: str) -> Path:
@@ -134,9 +151,20 @@ async def test_bytes_that_are_right_again_are_given_out_again(rack: LocalRack) -
     await Scrubbed(rack).go_through()
     place(rack, key).write_bytes(b"bytes")
     scrubbed = Scrubbed(rack, now=2e9)
-    await scrubbed.scrub.go_through(Position(scrubbed.now))
+    await scrubbed.scrub.go_through(beginning(rack, 2e9))
     assert await state(rack, "a") == "available"
     assert (await rack.call("getModel", {"modelId": "a"}))["success"]
+
+
+async def test_each_pass_reads_anew(rack: LocalRack) -> None:
+    key = await store(rack, "a", b"bytes")
+    await store(rack, "b", b"bytes")
+    scrubbed = Scrubbed(rack)
+    await scrubbed.go_through()
+    place(rack, key).write_bytes(b"other")
+    await scrubbed.scrub.go_through(beginning(rack, scrubbed.now))
+    assert scrubbed.seen.results == ["sound", "wrong"]
+    assert [await state(rack, model) for model in "ab"] == ["quarantined"] * 2
 
 
 async def test_a_sound_pass_records_nothing(rack: LocalRack) -> None:
@@ -147,15 +175,61 @@ async def test_a_sound_pass_records_nothing(rack: LocalRack) -> None:
     assert rack.registry.journal.head == head
 
 
-async def test_what_is_deleted_or_purged_is_passed_over(rack: LocalRack) -> None:
+async def test_what_is_deleted_is_looked_at_while_it_can_be_restored(tmp_path: Path) -> None:
+    rack = LocalRack(tmp_path).open()
     for model in "abc":
         place(rack, await store(rack, model, model.encode())).unlink()
     await rack.call("deleteModel", {"modelId": "a"})
     await rack.call("deleteModel", {"modelId": "b", "purge": True})
     scrubbed = Scrubbed(rack)
     await scrubbed.go_through()
-    assert scrubbed.seen.results == ["wrong"]
-    assert await state(rack, "c") == "quarantined"
+    assert scrubbed.seen.results == ["wrong", "wrong"]
+    await compact_here(rack.registry)
+    await rack.close()
+    rack = LocalRack(tmp_path).open()
+    await rack.call("restoreModel", {"modelId": "a"})
+    assert [await state(rack, model) for model in "ac"] == ["quarantined"] * 2
+    await rack.close()
+
+
+async def test_a_verdict_that_somebody_else_comes_to_meanwhile_is_not_taken_back(rack: LocalRack) -> None:
+    key = await store(rack, "a", b"bytes")
+
+    async def rot_for_a_moment() -> None:
+        place(rack, key).write_bytes(b"wrong")
+        assert (await rack.call("validateModel", {"modelId": "a"}))["isValid"] is False
+        place(rack, key).write_bytes(b"bytes")
+
+    scrubbed = Scrubbed(rack)
+    scrubbed.meanwhile.append(rot_for_a_moment)
+    await scrubbed.scrub._look_at(0)
+    assert scrubbed.seen.results == ["sound"]
+    assert await state(rack, "a") == "quarantined"
+
+
+async def test_what_was_mended_since_is_read_again(rack: LocalRack) -> None:
+    key = await store(rack, "a", b"bytes")
+    await store(rack, "b", b"bytes")
+    place(rack, key).write_bytes(b"wrong")
+    scrubbed = Scrubbed(rack)
+    await scrubbed.scrub._look_at(0)
+    place(rack, key).write_bytes(b"bytes")
+    assert (await rack.call("validateModel", {"modelId": "a"}))["isValid"] is True
+    await scrubbed.scrub._look_at(1)
+    assert [await state(rack, model) for model in "ab"] == ["available"] * 2
+    assert scrubbed.seen.results == ["wrong", "sound"]
+
+
+async def test_rot_behind_what_was_read_is_not_lifted_at_the_next_that_shares_it(rack: LocalRack) -> None:
+    key = await store(rack, "a", b"bytes")
+    await store(rack, "b", b"bytes")
+    scrubbed = Scrubbed(rack)
+    await scrubbed.scrub._look_at(0)
+    place(rack, key).write_bytes(b"wrong")
+    assert (await rack.call("validateModel", {"modelId": "a"}))["isValid"] is False
+    await scrubbed.scrub._look_at(1)
+    assert [await state(rack, model) for model in "ab"] == ["quarantined"] * 2
+    assert scrubbed.seen.results == ["sound", "wrong"]
 
 
 async def test_passes_follow_each_other_evenly_through_the_period(rack: LocalRack) -> None:
@@ -186,6 +260,7 @@ async def test_a_clock_that_jumps_does_not_stop_it(rack: LocalRack, jump: float)
     scrubbed = Scrubbed(rack)
     await scrubbed.run(rests=3)
     scrubbed.now += jump
+    scrubbed.meanwhile.append(lambda: scrubbed.set_clock(jump))
     await scrubbed.run(rests=12)
     assert max(scrubbed.rests) <= DAY
     assert len(set(scrubbed.read)) == 10
@@ -228,8 +303,54 @@ async def test_a_place_that_another_process_has_written_meanwhile_is_written_ove
     scrubbed = Scrubbed(rack)
     await scrubbed.scrub.position()
     await rack.store.put_document(DOCUMENT, b'{"began":1,"after":1,"over":false}', etag=None)
-    await scrubbed.scrub.go_through(Position(scrubbed.now))
-    assert await Scrubbed(rack).scrub.position() == Position(1e9, rack.registry.journal.head, over=True)
+    await scrubbed.scrub.go_through(beginning(rack, 1e9))
+    assert (await Scrubbed(rack).scrub.position()).over
+
+
+@pytest.mark.parametrize("of", ["another epoch", "another registry"])
+async def test_a_place_in_another_journal_is_none(rack: LocalRack, of: str) -> None:
+    await store(rack, "a", b"a")
+    other = replace(beginning(rack, 1e9), after=10**6, over=True)
+    other = replace(other, epoch=other.epoch + 1) if of == "another epoch" else replace(other, registry="0" * 32)
+    await rack.store.put_document(DOCUMENT, orjson.dumps(asdict(other)), etag=None)
+    scrubbed = Scrubbed(rack)
+    await scrubbed.go_through()
+    assert scrubbed.seen.results == ["sound"]
+
+
+async def test_a_store_that_is_not_there_has_not_lost_its_bytes(rack: LocalRack) -> None:
+    """As a disk that is not mounted: an empty folder, in which the worker writes that it is the owner."""
+    for model in "ab":
+        await store(rack, model, model.encode())
+    scrubbed = Scrubbed(rack)
+    await scrubbed.scrub._keep(beginning(rack, 1e9))
+    models, away = rack.folder / "models", rack.folder / "away"
+    models.rename(away)
+    await rack.store.put_document("owner.json", b"{}", etag=None)
+    scrubbed.rests_left = 5
+    with pytest.raises(asyncio.CancelledError):
+        await scrubbed.scrub.go_through(beginning(rack, 1e9))
+    assert scrubbed.rests == [30.0] * 5
+    shutil.rmtree(models)
+    away.rename(models)
+    scrubbed.rests_left = 1000
+    await scrubbed.scrub.go_through(beginning(rack, 1e9))
+    assert scrubbed.seen.results == ["sound", "sound"]
+    assert [await state(rack, model) for model in "ab"] == ["available"] * 2
+
+
+async def test_a_record_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
+    rack = LocalRack(tmp_path).open()
+    for model in "abc":
+        await store(rack, model, model.encode())
+    await rack.close()
+    rack = LocalRack(tmp_path).open()
+    segment = max((tmp_path / "registry").glob("seg-*.jsonl"))
+    segment.write_bytes(segment.read_bytes().replace(b'"model":"b"', b'"model":"x"'))
+    scrubbed = Scrubbed(rack)
+    await scrubbed.go_through()
+    assert scrubbed.seen.results == ["sound", "sound"]
+    await rack.close()
 
 
 class Troubled:
@@ -264,6 +385,27 @@ async def test_a_store_that_is_away_is_waited_for(rack: LocalRack, monkeypatch: 
     assert scrubbed.seen.results == ["sound", "sound"]
     assert scrubbed.rests[:3] == [30.0] * 3
     assert await state(rack, "a") == "available"
+
+
+async def test_trouble_in_the_middle_of_a_version_does_not_read_its_beginning_again(
+    rack: LocalRack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [{"path": f"{n}", "data": base64.b64encode(bytes([n])).decode()} for n in range(3)]
+    await rack.call("storeModel", {"modelId": "a", "metadata": {"type": "custom"}, "files": files})
+    troubled = Troubled(rack, monkeypatch)
+    scrubbed = Scrubbed(rack)
+
+    async def goes_away() -> None:
+        troubled.failures = 3
+
+    async def nothing() -> None:
+        return
+
+    scrubbed.meanwhile += [goes_away, nothing]  # at the second file
+    await scrubbed.go_through()
+    assert scrubbed.seen.results == ["sound"] * 3
+    keys = [file["key"] for file in rack.registry.catalog.files_of(0)]
+    assert scrubbed.read == [keys[0], *[keys[1]] * 4, keys[2]]
 
 
 async def test_a_blob_that_cannot_be_read_is_told_and_does_not_stop_it(

@@ -22,6 +22,7 @@ _MIX = 0x9E37_79B9_7F4A_7C15
 _KEY_CHARACTERS = 16
 _SHA_WORDS = 4  # of 8 bytes
 _NOT_HELD = (0, "", 0, NO_ROW)
+_FEW_FILES = 4  # up to which each is looked up by itself
 _ROWS_READ = 8  # for one key: where so many versions have bytes that are wrong, they are stored anew
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -90,6 +91,10 @@ class BlobIndex:
         """Whether nobody has found that the blob is gone, or not what was stored."""
         return key not in self._distrusted
 
+    def is_shared(self, key: str) -> bool:
+        """Whether more than one version may have the blob."""
+        return self._held.get(key, _NOT_HELD)[0] + len(self._settled_rows_of(key)) > 1
+
     def rows_of(self, key: str) -> list[int]:
         """The rows of the versions that may have the blob, none that has it missing: some had it, or are alike."""
         rows = {*self._settled_rows_of(key), self._held.get(key, _NOT_HELD)[3], *self._later_rows.get(key, ())}
@@ -105,6 +110,15 @@ class BlobIndex:
 
     def _settled_rows_of(self, key: str) -> list[int]:
         return self._by_key.rows_of(int(_key_hashes([key])[0])) if len(self._by_key.hashes) else []
+
+    def _settled_among(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys that `_settled_uses` is true of."""
+        hashes = self._by_key.hashes
+        if not len(hashes):
+            return set()
+        wanted = _key_hashes(keys)
+        places = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
+        return {keys[at] for at in np.flatnonzero(hashes[places] == wanted).tolist() if self._settled_uses(keys[at])}
 
     # --- folding a replay ---
 
@@ -182,16 +196,19 @@ class BlobIndex:
     def use(self, files: Sequence[Blob] | Sequence[StoredFile], row: int = NO_ROW) -> None:
         """Count a use of each file's blob, whose bytes are there and verified: by a version, or by an upload."""
         held, keys_of, unneeded = self._held, self._keys_of, self._unneeded
+        settled = self._settled_among([file["key"] for file in files]) if len(files) > _FEW_FILES else None
         for file in files:
             key, sha256, size = file["key"], file["sha256"], file["size"]
             uses, known, _, first = held.get(key, _NOT_HELD)
-            if not known and not (self._settled_rows and self._settled_uses(key)):
+            if not known and not (self._settled_uses(key) if settled is None else key in settled):
                 self._count += 1
                 self.bytes += size
             if first == NO_ROW:
                 first = row
-            elif row != NO_ROW:
-                self._later_rows.setdefault(key, []).append(row)
+            elif row not in (NO_ROW, first):
+                later = self._later_rows.setdefault(key, [])
+                if not later or later[-1] != row:
+                    later.append(row)
             held[key] = (uses + 1, sha256, size, first)
             others = keys_of.get(sha256, ())
             if key not in others:
@@ -228,8 +245,13 @@ class BlobIndex:
             self.release(file["key"] for file in files)
             return
         for key, size in {file["key"]: file["size"] for file in files}.items():
-            if not self.needs(key):
+            if self._settled_uses(key):
+                continue
+            if key not in self._held:
                 self._drop(key, size)
+            elif not self._held[key][1]:  # it stays for an upload, which counts it when it is completed
+                self._count -= 1
+                self.bytes -= size
 
     def _drop(self, key: str, size: int) -> None:
         self._unneeded.add(key)

@@ -3,7 +3,7 @@
 A file is written to `<name>.partial` beside its place, hashed as it comes, made durable, and renamed when it has the
 sha256 it should have. What is left by an interrupted pull is gone on with; what is there already is not fetched again.
 A lock on the partial file keeps other pulls from writing into it: what was hashed is what it holds. On a file system
-without locks each pull writes a file of its own, which goes with it.
+without locks each pull writes a file of its own, and removes it unless it is killed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from worker.client.transfer import (
 if TYPE_CHECKING:
     from worker.client.client import ModelManagerClient
 
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
 
 Result = TypeVar("Result")
 
@@ -199,7 +199,7 @@ class _Fetcher:
             await with_attempts(attempt)
             await _to_its_end(partial.publish, target)
         finally:
-            partial.close()
+            await _to_its_end(partial.close)
 
     async def _stream(self, partial: _Partial, file: DeliveredFile, url: str) -> None:
         """Bring `partial` to its full size."""
@@ -254,7 +254,7 @@ async def _to_its_end(work: Callable[..., Result], *given: Any) -> Result:
 
 
 class _Partial:
-    """A file on its way, with the hash of what it holds. All methods block, `close` excepted."""
+    """A file on its way, with the hash of what it holds. All methods block."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -161,13 +161,16 @@ class Writer:
             item = self._queue.get(timeout=IDLE_SECONDS if self._appender.unproven or waits_for_room else None)
         except Empty:
             return batch, None, False
-        waiting = min(self._queue.qsize(), BATCH_LINES - 1)  # at least: nobody else takes
+        waiting = min(self._queue.qsize(), BATCH_LINES - 1)
         while isinstance(item, Pending):
             batch.append(item)
             size += len(item.payload)
             if size >= BATCH_BYTES or not waiting:
                 return batch, None, False
-            item = self._queue.get_nowait()
+            try:
+                item = self._queue.get_nowait()
+            except Empty:  # `abandon` was faster
+                return batch, None, False
             waiting -= 1
         return batch, item, item is None
 

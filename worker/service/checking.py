@@ -126,9 +126,15 @@ class Checking:
         all that share what is wrong."""
         if not self._policy.check_checksums:
             right = set()  # the right size alone proves nothing
-        catalog = self._registry.catalog
-        for model, version in {(entry.model, entry.version), *catalog.doubting(right), *catalog.having(wrong)}:
-            await self._record_state(model, version, right, wrong)
+        catalog, itself = self._registry.catalog, (entry.model, entry.version)
+        judged = {itself}
+        for last in (False, True):  # a store that was on its way to the disk at first is there once ours is
+            others = {*catalog.doubting(right), *catalog.having(wrong)} - judged
+            judged |= others
+            for model, version in others:
+                await self._record_state(model, version, right, wrong)
+            if not last:  # behind the others, so that what is cut off in between is done again
+                await self._record_state(*itself, right, wrong)
 
     async def _record_state(self, model: str, version: str, right: set[str], wrong: set[str]) -> None:
         """Quarantine the version if one of its blobs is wrong, by this verdict or an earlier one; else lift it.
@@ -138,7 +144,7 @@ class Checking:
 
         def decide() -> Change | None:
             current = self._registry.catalog.find(model, version)
-            if current is None or current.deleted_at is not None:
+            if current is None:
                 return None
             keys = {file["key"] for file in current.files}
             known = (set(current.wrong) - right) | (wrong & keys)
