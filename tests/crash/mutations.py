@@ -35,8 +35,8 @@ _COPIED = ("worker", "schemas", "tests", "deploy", "config", "pyproject.toml", "
 # is there for another reason than safety.
 _STATEMENT = re.compile(r"^(\s+)(sync\(|sync_folder\(|files\.rename\(|self\._files\.rename\().*\)$")
 _COMPARISON = re.compile(
-    r"^(\s+)(el)?if (.*not checks\(.*|not data\.endswith\(.*|not check_size_and_crc\(.*|not sound\.result\(\)"
-    r"|Digest\.of\(.*|.*crc32\(data\) != .*):$"
+    r"^(\s+)(el)?if (.*not checks\(.*|not data\.endswith\(b',.*|not np\.array_equal\(.*|not check_size_and_crc\(.*"
+    r"|not sound\.result\(\)|Digest\.of\(.*|.*crc32\(data\) != .*):$"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from worker.journal import blocks
 from worker.journal.blocks import Block, CheckedBlocks, TrustedBlocks
-from worker.journal.format import MARK, CheckedLines, encode, line_decoder, make_line
+from worker.journal.format import MARK, CheckedLines, close, encode, line_decoder, make_line
 
 DECODER = line_decoder(dict[str, Any])
 
@@ -31,7 +32,7 @@ def read(kind: str, lines: list[bytes]) -> tuple[list[Block[dict[str, Any]]], in
     stream = io.BytesIO(b"".join(lines))
     reader: CheckedBlocks[dict[str, Any]] | TrustedBlocks[dict[str, Any]]
     if kind == "checked":
-        reader = CheckedBlocks(CheckedLines(stream, DECODER, sequence=0, crc=0))
+        reader = CheckedBlocks(stream, DECODER, CheckedLines(stream, DECODER, sequence=0, crc=0))
     else:
         reader = TrustedBlocks(stream, DECODER, sequence=0, crc=0)
     return list(reader), reader.sequence, reader.crc
@@ -68,3 +69,37 @@ def test_of_business_are_all_lines_but_the_journals_own(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["checked", "trusted"])
 def test_a_file_without_lines_has_no_block(kind: str) -> None:
     assert read(kind, []) == ([], 0, 0)
+
+
+def damages() -> Iterator[bytes]:
+    """A small file as it should be, and as it should not."""
+    lines = written(12)
+    data = b"".join(lines)
+    yield data
+    for at in range(0, len(data), 5):
+        yield data[:at]
+        yield data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
+    for at in range(11):
+        yield b"".join([*lines[:at], lines[at + 1], lines[at], *lines[at + 2 :]])
+        yield b"".join([*lines[:at], *lines[at + 1 :]])
+        yield b"".join([*lines[:at], lines[at], *lines[at:]])
+    crc = 0
+    for members in (b'"v":2,"seq":1', b'"v":1,"seq":2', b'"v":1,"seq":0', b'"v":1,"seq":"1"'):
+        line, _ = close(b'{%b,"b":1,"t":0,"op":"put","rec":{}' % members, crc)
+        yield line
+    yield close(b"no json", 0)[0] + data
+    yield b"\n" + data
+
+
+@pytest.mark.parametrize("gapless", [True, False])
+def test_where_lines_do_not_check_blocks_tell_what_single_lines_tell(gapless: bool) -> None:
+    for data in damages():
+        alone = CheckedLines(io.BytesIO(data), DECODER, sequence=0, crc=0, gapless=gapless)
+        expected = list(alone)
+        stream = io.BytesIO(data)
+        lines = CheckedLines(stream, DECODER, sequence=0, crc=0, gapless=gapless)
+        found = list(CheckedBlocks(stream, DECODER, lines))
+        assert [line for block in found for line in block.lines] == [line for _, line in expected]
+        assert [block.text(at) for block in found for at in range(len(block.lines))] == [text for text, _ in expected]
+        for what in ("sequence", "batch", "crc", "offset", "fault", "foreign"):
+            assert getattr(lines, what) == getattr(alone, what), (what, data)

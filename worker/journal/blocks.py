@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, BinaryIO, Generic, TypeVar
+from zlib import crc32
 
 import msgspec
 import numpy as np
 
-from worker.journal.format import CONTROL_OPS, CheckedLines, Line, stored_crc
+from worker.journal.format import CONTROL_OPS, TAIL_BYTES, CheckedLines, Line, stored_crc
 
 # What a block is decoded to should stay in the processor's cache until it is taken.
 _BLOCK_BYTES = 128 * 1024
 _BLOCK_LINES = 256
+
+_IN_TAIL = np.arange(-TAIL_BYTES, 0)
 
 R = TypeVar("R")
 Starts = np.ndarray[Any, np.dtype[np.uint64]]
@@ -48,7 +51,10 @@ class Block(Generic[R]):
 class CheckedBlocks(Generic[R]):
     """The lines of a file for as long as they check; `lines` tells how far that was."""
 
-    def __init__(self, lines: CheckedLines[R]) -> None:
+    def __init__(self, stream: BinaryIO, decoder: msgspec.json.Decoder[Line[R]], lines: CheckedLines[R]) -> None:
+        """`lines` are those of `stream`, by `decoder`."""
+        self._stream = stream
+        self._decode = decoder.decode_lines
         self.lines = lines
 
     @property
@@ -60,6 +66,38 @@ class CheckedBlocks(Generic[R]):
         return self.lines.crc
 
     def __iter__(self) -> Iterator[Block[R]]:
+        while data := _whole_lines(self._stream):
+            block = self._checked(data)
+            if block is None:  # line by line, to know which it is
+                self._stream.seek(self.lines.offset)
+                yield from self._one_by_one()
+                return
+            yield block
+
+    def _checked(self, data: bytes) -> Block[R] | None:
+        """The block, if all of its lines check."""
+        if not data.endswith(b"\n"):
+            return None
+        characters, starts = np.frombuffer(data, np.uint8), _starts(data)
+        ends = np.append(starts[1:], np.uint64(len(data)))
+        if (ends - starts).min() <= TAIL_BYTES:
+            return None
+        view, crc, crcs = memoryview(data), self.lines.crc, []
+        for start, end in zip(starts.tolist(), (ends - np.uint64(TAIL_BYTES)).tolist(), strict=True):
+            crc = crc32(view[start:end], crc)
+            crcs.append(crc)
+        tails = characters[ends.astype(np.int64)[:, None] + _IN_TAIL]
+        if not np.array_equal(tails, _tails(crcs)):
+            return None
+        try:
+            decoded = self._decode(data)
+        except msgspec.DecodeError:
+            return None
+        if len(decoded) != len(crcs) or not self.lines.take(decoded, crc, len(data)):
+            return None
+        return Block(data, starts, decoded)
+
+    def _one_by_one(self) -> Iterator[Block[R]]:
         texts: list[bytes] = []
         decoded: list[Line[R]] = []
         for text, line in self.lines:
@@ -91,15 +129,27 @@ class TrustedBlocks(Generic[R]):
 
     def __iter__(self) -> Iterator[Block[R]]:
         block: Block[R] | None = None
-        while data := self._stream.read(_BLOCK_BYTES):
-            if not data.endswith(b"\n"):
-                data += self._stream.readline()
+        while data := _whole_lines(self._stream):
             block = Block(data, _starts(data), self._decode(data))
             yield block
         if block is not None:
             self.sequence = block.lines[-1].sequence
             stored = stored_crc(block.text(len(block.lines) - 1))
             self.crc = self.crc if stored is None else stored
+
+
+def _whole_lines(stream: BinaryIO) -> bytes:
+    """The next ones; nothing at the end of the file. The last one may be cut."""
+    data = stream.read(_BLOCK_BYTES)
+    return data if data.endswith(b"\n") else data + stream.readline()
+
+
+def _tails(crcs: list[int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """What closes the lines with these checksums, a row each."""
+    tails = np.tile(np.frombuffer(b',"crc":"........"}\n', np.uint8), (len(crcs), 1))
+    digits = np.array(crcs, ">u4").tobytes().hex().encode()
+    tails[:, 8:16] = np.frombuffer(digits, np.uint8).reshape(-1, 8)
+    return tails
 
 
 def _starts(data: bytes) -> Starts:

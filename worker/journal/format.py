@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from operator import lt
 from typing import Any, BinaryIO, Generic, TypeVar
 from zlib import crc32
 
@@ -194,6 +195,21 @@ class CheckedLines(Generic[R]):
             self.crc = crc
             self.offset += len(data)
             yield data, line
+
+    def take(self, lines: Sequence[Line[R]], crc: int, size: int) -> bool:
+        """The next `lines`, `size` bytes whose checksums are right up to `crc`, taken at once, if they are as they
+        should be."""
+        sequences = [line.sequence for line in lines]
+        first = self.sequence + 1
+        if self._gapless:
+            in_order = sequences == list(range(first, first + len(lines)))
+        else:
+            in_order = all(map(lt, [self.sequence, *sequences], sequences))
+        if not in_order or any(line.version != FORMAT_VERSION for line in lines):
+            return False
+        self.sequence, self.batch, self.crc = sequences[-1], lines[-1].batch, crc
+        self.offset += size
+        return True
 
     def _refuse(self, fault: str) -> None:
         self.fault, self.foreign = fault, True

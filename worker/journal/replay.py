@@ -126,8 +126,9 @@ def replay_base(files: Files, path: Path, replay: Replay[Any]) -> Segment:
     """Hand the records of a base that is not adopted yet to `replay`: where its lines are."""
     segment = Segment(path.name, 0, sequences=array("Q"))
     with files.reader(path) as stream:
-        lines = CheckedLines(stream, line_decoder(replay.record), sequence=-1, crc=0, gapless=False)
-        for block in CheckedBlocks(lines):
+        decoder = line_decoder(replay.record)
+        lines = CheckedLines(stream, decoder, sequence=-1, crc=0, gapless=False)
+        for block in CheckedBlocks(stream, decoder, lines):
             segment.add(block)
             replay.take(block.business())
     if lines.fault:
@@ -214,9 +215,10 @@ def check_size_and_crc(files: Files, folder: Path, file: SealedFile) -> bool:
     """Whether the file is, as a whole, what was sealed."""
     with files.reader(folder / file.name) as stream:
         size, crc = 0, 0
-        while block := stream.read(_CHECKED_BYTES):
-            size += len(block)
-            crc = crc32(block, crc)
+        buffer = memoryview(bytearray(min(_CHECKED_BYTES, file.size + 1)))  # one for all: new memory costs page faults
+        while count := stream.readinto(buffer):  # type: ignore[attr-defined]
+            size += count
+            crc = crc32(buffer[:count], crc)
     return (size, crc) == (file.size, file.crc32)
 
 
@@ -336,7 +338,7 @@ class _Boot:
         cut = b""
         with self._files.reader(self._folder / name) as stream:
             lines = CheckedLines(stream, self._decoder, sequence=self._place.sequence, crc=self._place.crc)
-            self._fold(CheckedBlocks(lines), segment)
+            self._fold(CheckedBlocks(stream, self._decoder, lines), segment)
             if lines.fault:
                 stream.seek(lines.offset)
                 cut = stream.read()
