@@ -339,6 +339,22 @@ async def test_a_store_that_is_not_there_has_not_lost_its_bytes(rack: LocalRack)
     assert [await state(rack, model) for model in "ab"] == ["available"] * 2
 
 
+async def test_wrong_bytes_shared_with_a_version_whose_record_is_unreadable_do_not_end_the_pass(tmp_path: Path) -> None:
+    rack = LocalRack(tmp_path).open()
+    key = await store(rack, "a", b"bytes")
+    await store(rack, "b", b"bytes")
+    await store(rack, "c", b"others")
+    await rack.close()
+    rack = LocalRack(tmp_path).open()
+    segment = max((tmp_path / "registry").glob("seg-*.jsonl"))
+    segment.write_bytes(segment.read_bytes().replace(b'"model":"b"', b'"model":"x"'))
+    place(rack, key).unlink()
+    scrubbed = Scrubbed(rack)
+    await scrubbed.go_through()
+    assert scrubbed.seen.results == ["wrong", "sound"]
+    await rack.close()
+
+
 async def test_a_record_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
     rack = LocalRack(tmp_path).open()
     for model in "abc":

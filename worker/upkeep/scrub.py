@@ -128,29 +128,26 @@ class Scrub:
     # --- a version ---
 
     async def _look_at(self, row: int) -> None:
-        """Read the files of a version back, and have what is found recorded; wait while the store is away."""
+        """Read the files of a version back, and have what is found recorded; wait while the store is away.
+
+        One whose record cannot be read, or that of another one which shares its bytes, is not for us to mend.
+        """
+        catalog = self._registry.catalog
         verdicts: dict[str, tuple[bool | None, bool]] = {}
         while True:
             try:
-                entry = await self._entry(row)
+                entry = await self._registry.look(lambda: catalog.entry(row) if catalog.has_row(row) else None)
                 if entry is not None:
                     await self._check(entry, verdicts)
             except ModelManagerError as error:
                 _log.warning("scrub_waits", code=error.code, reason=error.message)
                 await self._sleep(_AGAIN_S)
-            else:
-                return
-
-    async def _entry(self, row: int) -> VersionEntry | None:
-        """The version in the row; None if it is gone, or its record cannot be read: which is not for us to mend."""
-        catalog = self._registry.catalog
-        try:
-            return await self._registry.look(lambda: catalog.entry(row) if catalog.has_row(row) else None)
-        except (JournalDamaged, KeyError, OSError) as error:
-            if catalog.has_row(row):
+            except (JournalDamaged, KeyError, OSError) as error:
                 model, version = catalog.table.model[row], catalog.table.version[row]
                 _log.error("scrub_record_unreadable", model=model, version=version, reason=str(error))
-            return None
+                return
+            else:
+                return
 
     async def _check(self, entry: VersionEntry, verdicts: dict[str, tuple[bool | None, bool]]) -> None:
         """Read what is not among the verdicts yet: whether it is sound, and whether it was trusted before.
