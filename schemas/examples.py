@@ -100,8 +100,11 @@ _LISTED: JSON = {
     "checksum": _CHECKSUM,
     "size": len(WEIGHTS),
     "createdAt": _STORED_AT,
+    "modelCreatedAt": _STORED_AT,
     "revision": 1,
     "aliases": [],
+    "origin": RACK,
+    "replicas": [],
     "state": "available",
     "metadata": METADATA,
 }
@@ -115,9 +118,11 @@ _KNOWN: JSON = {
     "size": len(WEIGHTS),
     "files": [_WEIGHTS_FILE],
     "aliases": [],
+    "origin": RACK,
     "replicas": [],
     "state": "available",
     "createdAt": _STORED_AT,
+    "modelCreatedAt": _STORED_AT,
 }
 _OPENED: JSON = {
     "success": True,

@@ -62,7 +62,10 @@ def head_hint(*, rack: str, epoch: int, head: int, time_ms: int) -> Hint:
 
 
 def hint_of(op: str, record: dict[str, Any], *, rack: str, epoch: int, sequence: int, time_ms: int) -> Hint | None:
-    """The hint that announces a journal record; None for one that changes nothing another rack could see."""
+    """The hint that announces a journal record; None for one that changes nothing another rack could see: of a copy its
+    own rack tells."""
+    if "replicaOf" in record:
+        return None
     match op:
         case "store":
             kind, data = "version.stored", _version_data(record)
@@ -72,6 +75,8 @@ def hint_of(op: str, record: dict[str, Any], *, rack: str, epoch: int, sequence:
         case "delete" | "restore":
             kind = "version.deleted" if op == "delete" else "version.restored"
             data = {"replicas": record["replicas"]}
+            if "until" in record:
+                data["restorableUntil"] = timestamp(record["until"])
             if record["whole"]:
                 data["versions"] = record["versions"]
             else:

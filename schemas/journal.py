@@ -2,7 +2,7 @@
 
 One effect is one record. A record holds all that its reply, its hint and the catalog need, so that each of these is a
 function of the line. `sha256` values are hex here and times are unix milliseconds. `idem` ties a record to the request
-that caused it.
+that caused it. `replicaOf` is the rack that owns the model, in the records of a rack that holds a copy of it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Idempotency(TypedDict):
 
 class Record(TypedDict):
     idem: NotRequired[Idempotency]
+    replicaOf: NotRequired[str]
 
 
 class Blob(TypedDict):
@@ -42,7 +43,11 @@ class StoredFile(TypedDict):
 
 
 class StoreRecord(Record):
-    """op `store`: a version, with all its files, becomes visible."""
+    """op `store`: a version, with all its files, becomes visible.
+
+    `since` is when the first version of the model was stored, if that was not this one. A copy has the `revision` that
+    it was taken at, if that is not the first.
+    """
 
     model: str
     version: str
@@ -54,6 +59,8 @@ class StoreRecord(Record):
     created: int
     origin: str
     replicas: list[str]
+    since: NotRequired[int]
+    revision: NotRequired[int]
     upload: NotRequired[str]
 
 
@@ -74,6 +81,8 @@ class UpdateRecord(Record):
     state: Literal["available", "quarantined"]
     revision: int
     created: int
+    origin: NotRequired[str]
+    since: NotRequired[int]
     wrong: NotRequired[list[str]]
     moved: NotRequired[list[Blob]]
     upload: NotRequired[str]
@@ -163,6 +172,32 @@ class JobEndRecord(Record):
     error: NotRequired[dict[str, Any]]
 
 
+class PullBeginRecord(Record):
+    """op `pull.begin`: the bytes of a version of another rack's model are to be brought here."""
+
+    model: str
+    version: str
+    origin: str
+    checksum: str
+    size: int
+    replicas: list[str]
+
+
+class PullEndRecord(Record):
+    """op `pull.end`: the version is here, as it is at its origin, or is not to be here any more."""
+
+    model: str
+    version: str
+
+
+class FollowRecord(Record):
+    """op `follow`: another rack's changes are taken in up to the sequence `after` of its journal's life `epoch`."""
+
+    origin: str
+    epoch: int
+    after: int
+
+
 RECORDS: dict[str, type] = {
     "store": StoreRecord,
     "update": UpdateRecord,
@@ -174,4 +209,7 @@ RECORDS: dict[str, type] = {
     "upload.end": UploadEndRecord,
     "job.begin": JobBeginRecord,
     "job.end": JobEndRecord,
+    "pull.begin": PullBeginRecord,
+    "pull.end": PullEndRecord,
+    "follow": FollowRecord,
 }

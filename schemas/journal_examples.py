@@ -79,6 +79,8 @@ RECORD_EXAMPLES: dict[str, JSON] = {
         "state": "available",
         "revision": 2,
         "created": START_MS,
+        "origin": RACK,
+        "since": START_MS,
     },
     "delete": {
         "model": MODEL,
@@ -106,6 +108,17 @@ RECORD_EXAMPLES: dict[str, JSON] = {
         "created": START_MS,
     },
     "job.end": {"job": JOB, "state": "succeeded", "result": {"isValid": True}},
+    "pull.begin": {
+        "model": "acme/words",
+        "version": "2.1.0",
+        "origin": "rack-2",
+        "checksum": sha256_of(b"words"),
+        "size": 5,
+        "replicas": [RACK],
+        "replicaOf": "rack-2",
+    },
+    "pull.end": {"model": "acme/words", "version": "2.1.0", "replicaOf": "rack-2"},
+    "follow": {"origin": "rack-2", "epoch": 1, "after": 4711},
 }
 
 

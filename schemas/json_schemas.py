@@ -149,7 +149,8 @@ _COUNT: Schema = {"type": "integer", "minimum": 0}
 _LABEL_OR_NULL: Schema = {"type": ["string", "null"]}
 _STORED: dict[str, Schema] = {"version": _TEXT, "digest": _TEXT, "size": _COUNT, "replicas": _TEXTS}
 
-# The members of a hint's `data` by its type; a delete or restore of all names `versions`, of one `version`.
+# The members of a hint's `data` by its type; a delete or restore of all names `versions`, of one `version`. A delete
+# without `restorableUntil` has purged them.
 HINT_DATA: dict[str, dict[str, Schema]] = {
     "model-manager.version.stored": _STORED,
     "model-manager.version.updated": {**_STORED, "revision": _COUNT, "state": _TEXT},
@@ -158,7 +159,7 @@ HINT_DATA: dict[str, dict[str, Schema]] = {
 }
 _OF_VERSIONS = ("model-manager.version.deleted", "model-manager.version.restored")
 _ONE_OR_ALL_VERSIONS: Schema = {
-    "properties": {"version": _TEXT, "versions": _TEXTS, "replicas": _TEXTS},
+    "properties": {"version": _TEXT, "versions": _TEXTS, "replicas": _TEXTS, "restorableUntil": _TEXT},
     "required": ["replicas"],
     "oneOf": [{"required": ["version"]}, {"required": ["versions"]}],
 }

@@ -147,7 +147,8 @@ class DeliveredFile(File):
 
 
 class ListedVersion(TypedDict):
-    """An entry of a listing: one version."""
+    """An entry of a listing: one version. `origin` is the rack that owns the model, `modelCreatedAt` is when its first
+    version was stored."""
 
     modelId: str
     version: str
@@ -155,8 +156,11 @@ class ListedVersion(TypedDict):
     checksum: str
     size: int
     createdAt: str
+    modelCreatedAt: str
     revision: int
     aliases: list[str]
+    origin: str
+    replicas: list[str]
     state: State
     metadata: dict[str, Any]
 

@@ -183,9 +183,11 @@ class MetadataReply(ModelReply):
     size: int
     files: list[File]
     aliases: list[str]
+    origin: str
     replicas: list[str]
     state: State
     createdAt: str
+    modelCreatedAt: str
 
 
 # --- changing --------------------------------------------------------------------------------------------------------
@@ -259,7 +261,8 @@ class ReplicateModel(Wire):
 
 
 class ReplicationResult(TypedDict):
-    """What is known of one peer. `pending` means: recorded and announced, not confirmed by that rack."""
+    """What is known of one peer. `succeeded`: that rack holds a copy; `pending`: the copy is on its way or not begun;
+    `failed`: it is tried again, `message` says why it is not there."""
 
     peer: str
     state: Literal["pending", "succeeded", "failed"]

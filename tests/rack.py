@@ -41,7 +41,9 @@ def policy(**changed: Any) -> Policy:
 class LocalRack:
     """Open it, `call` methods on it, close it, open it again: the same folder is the same rack."""
 
-    def __init__(self, folder: Path, *, store: BlobStore | None = None, **changed: Any) -> None:
+    def __init__(
+        self, folder: Path, *, store: BlobStore | None = None, url_host: str = "127.0.0.1", **changed: Any
+    ) -> None:
         self.folder = folder
         self.policy = policy(**changed)
         self.store: BlobStore = store or DiskStore(folder / "models")
@@ -54,8 +56,8 @@ class LocalRack:
             self.policy,
             self.cache,
             self.readiness,
-            get_url=lambda path, seconds: f"http://127.0.0.1:1{path}",
-            put_url=lambda path, seconds: f"http://127.0.0.1:1{path}",
+            get_url=lambda path, seconds: f"http://{url_host}:1{path}",
+            put_url=lambda path, seconds: f"http://{url_host}:1{path}",
             job_places=2,
         )
         self.clean_up = CleanUp(self.registry, self.store, self.service.uploads, period_s=0.05)

@@ -77,9 +77,11 @@ def _update_reply(record: Any, catalog: Catalog) -> MetadataReply:
         "size": record["size"],
         "files": [] if entry is None else entry.file_views(),
         "aliases": record["aliases"],
+        "origin": record.get("origin", "" if entry is None else entry.origin),
         "replicas": record["replicas"],
         "state": record["state"],
         "createdAt": timestamp(record["created"]),
+        "modelCreatedAt": timestamp(record.get("since", record["created"])),
     }
 
 

@@ -26,12 +26,15 @@ from worker.announcer import Announcer
 from worker.boot import BootRefused, begin_archive, open_registry, own_storage, reach_storage
 from worker.build import build_policy, build_store
 from worker.cache import ModelCache
+from worker.client.hints import hints
 from worker.dispatch import Dispatcher
 from worker.journal import Entry, disk_full
 from worker.logs import configure_logs
 from worker.metrics import Metrics
+from worker.peers import ClientPeers
 from worker.readiness import Readiness
 from worker.registry import Registry
+from worker.replication.replication import Replication
 from worker.service.service import ModelService
 from worker.settings import Loaded
 from worker.signing import UrlSigner
@@ -127,6 +130,7 @@ class App:
         self.amqp = self._amqp_transport(loaded) if broker else None
         if self.amqp is not None:
             self.announcer = Announcer(settings.rack, self.registry, self.amqp.announce)
+            self.replication = self._replication(loaded)
         self.registry.listen(self._count)
         self._measure_disks()
 
@@ -157,6 +161,24 @@ class App:
             prefetch=self._settings.limits.prefetch,
             observer=self.metrics.amqp,
         )
+
+    def _replication(self, loaded: Loaded) -> Replication:
+        peers = ClientPeers(lambda: loaded.amqp_url)
+        replication = Replication(
+            self.registry,
+            self.store,
+            build_policy(self._settings),
+            self.cache,
+            peers,
+            hear=lambda: hints(loaded.amqp_url, self._settings.rack),
+            refuse=self.service.refuse_stored,
+            places=self._settings.limits.pulls,
+            observe=self.metrics.replication,
+        )
+        self.service.replicating.peers = peers
+        self.service.reading.pull_state = replication.puller.state_of
+        self.service.reading.replication_state = replication.state
+        return replication
 
     async def run(self, stop: asyncio.Event) -> int:
         """Boot, serve until `stop` or a failure, drain."""
@@ -212,6 +234,7 @@ class App:
         if self.amqp is not None:
             await self.amqp.start()
             self._background(self.announcer.tell_head(), "head hints")
+            self._background(self.replication.run(), "replication")
         _log.info(
             "worker_started",
             version=__version__,
@@ -363,6 +386,8 @@ class App:
     def _render_metrics(self) -> tuple[str, bytes]:
         if self.registry.opened:
             self.metrics.mirror(self.registry, self.cache, self.service.jobs, self.readiness)
+            if self.amqp is not None:
+                self.metrics.replication.state(self.replication.state())
         return self.metrics.render()
 
     # --- the end ---
@@ -377,6 +402,7 @@ class App:
             task.cancel()
         if self.amqp is not None:
             await self._step(self.amqp.drain(timeout))
+            await self._step(self.replication.stop())  # what it wrote into the store is taken away
         await self._step(self.http.finish(max(0.1, deadline - time.monotonic())))
         await self._step(self.http.stop(max(0.1, deadline - time.monotonic())))
         await self._step(self.service.stop())  # an upload that finishes is still looked into

@@ -7,9 +7,9 @@ no caller can make the number of series grow. All methods are quick, never raise
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
@@ -18,6 +18,7 @@ from schemas.hints import HINT_TYPES
 from schemas.journal import RECORDS
 from schemas.routes import CONTENT, FILE, ROUTES, UPLOAD_FILE
 from worker.journal.observer import JournalObserver
+from worker.replication.puller import PullObserver
 from worker.storage.blobstore import StoreObserver
 from worker.upkeep.archive import ArchiveObserver
 from worker.upkeep.scrub import ScrubObserver
@@ -294,6 +295,38 @@ class ScrubMetrics(ScrubObserver):
 
     def pass_ended(self, at: float) -> None:
         self._ended.set(at)
+
+
+class ReplicationMetrics(PullObserver):
+    """What comes from other racks, by their names."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._pulls = objects.counter("replication_pulls_total", "Tries to bring a version here.", ["rack", "result"])
+        self._bytes = objects.counter("replication_bytes_total", "Bytes that came from a rack.", ["rack"])
+        self._lag = objects.gauge(
+            "replication_lag_seconds", "Since when a rack's changes may not have been taken in.", ["rack"]
+        )
+        self._copies = objects.gauge("replication_copies", "Versions of other racks that are here.")
+        self._pending = objects.gauge("replication_pending", "Versions of other racks that are awaited.")
+        self._failing = objects.gauge("replication_failing", "Those of them whose last try failed.")
+        self._conflicts = objects.gauge("replication_conflicts", "Models whose id another rack had taken before.")
+        self._codes = Values((*ERRORS, "ok"))
+        self._racks = Values((), room=256)
+
+    def pulled(self, rack: str, error: str | None) -> None:
+        self._pulls.labels(self._racks(rack), self._codes(error or "ok")).inc()
+
+    def received(self, rack: str, count: int) -> None:
+        self._bytes.labels(self._racks(rack)).inc(count)
+
+    def state(self, state: Mapping[str, Any]) -> None:
+        """Set what `Replication.state` gives."""
+        self._copies.set(state["copies"])
+        self._pending.set(state["pending"])
+        self._failing.set(state["failing"])
+        self._conflicts.set(state["conflicts"])
+        for followed in state["following"]:
+            self._lag.labels(self._racks(followed["rack"])).set(followed["lagSeconds"])
 
 
 class StorageMetrics(StoreObserver):

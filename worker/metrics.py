@@ -26,6 +26,7 @@ from worker.metric_observers import (
     HttpMetrics,
     JournalMetrics,
     Objects,
+    ReplicationMetrics,
     ScrubMetrics,
     StorageMetrics,
     Store,
@@ -107,6 +108,7 @@ class Metrics:
         self._state, self._store = _State(objects), Store(objects)
         self.amqp, self.http, self.journal = AmqpMetrics(objects), HttpMetrics(objects), JournalMetrics(objects)
         self.archive, self.scrub = ArchiveMetrics(objects), ScrubMetrics(objects)
+        self.replication = ReplicationMetrics(objects)
         self._callbacks: list[Callable[[], None]] = []
         for method in METHODS:
             self._durations[method,]

@@ -135,6 +135,7 @@ class LimitSettings(_Section):
     writes: Annotated[int, Field(ge=1, le=10_000)] = 16
     transfers: Annotated[int, Field(ge=1, le=10_000)] = 64
     jobs: Annotated[int, Field(ge=1, le=1000)] = 4
+    pulls: Annotated[int, Field(ge=1, le=1000)] = 2
     prefetch: Annotated[int, Field(ge=1, le=65_535)] = 64
     undo_seconds: Annotated[float, Field(ge=0)] = 7 * 86_400
     upload_seconds: Seconds = 86_400

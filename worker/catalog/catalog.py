@@ -26,8 +26,9 @@ from worker.catalog.entries import Deletion, ModelEntry, VersionEntry
 from worker.catalog.entry_cache import EntryCache
 from worker.catalog.order import Order, Rows
 from worker.catalog.records import AppendedEntry, IndexedBlock, IndexedLine, IndexedRecord, IndexedRequest
+from worker.catalog.replicas import Replicas
 from worker.catalog.requests import RememberedRequest, RememberedRequests
-from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, VersionTable
+from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, REPLICA, VersionTable
 from worker.catalog.versions import Versions
 from worker.catalog.work import Work
 
@@ -65,6 +66,7 @@ class Catalog:
         self.aliases: dict[str, dict[str, tuple[str, int]]] = {}  # model in lower case -> alias -> version, sequence
         self.by_tag: defaultdict[str, array[int]] = defaultdict(_no_rows)  # rows, ascending; see `tagged`
         self.blobs = BlobIndex(self)  # needed by versions, deleted ones inside their undo window included, and uploads
+        self.replicas = Replicas()
         self._work = Work(self.blobs)
         self.uploads, self.jobs = self._work.uploads, self._work.jobs
         self.orders: dict[str, Order] = {}
@@ -86,6 +88,9 @@ class Catalog:
             "upload.end": self._work.end_upload,
             "job.begin": self._work.begin_job,
             "job.end": self._work.end_job,
+            "pull.begin": self.replicas.begin_pull,
+            "pull.end": self.replicas.end_pull,
+            "follow": self.replicas.follow,
         }
 
     # --- reading ---
@@ -131,7 +136,7 @@ class Catalog:
         if row == NO_ROW or table.model[row] != model_id:
             raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"There is no model {model_id}.", modelId=model_id)
         if reference == LATEST:
-            row = next((row for row in table.rows(model_id) if not table.state[row] & DELETED), NO_ROW)
+            row = self._latest(model_id)
         else:
             aliases = self.aliases.get(model_id.lower())
             named = aliases[reference][0] if aliases is not None and reference in aliases else reference
@@ -151,6 +156,34 @@ class Catalog:
                 details["restorableUntil"] = timestamp(deletion.until)
             raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"{model_id}:{version} is deleted.", **details)
         return self.entry(row)
+
+    def _latest(self, model_id: str) -> int:
+        """The row of the model's visible version that was stored last; of a copy's, at its origin."""
+        table = self.table
+        visible = (row for row in table.rows(model_id) if not table.state[row] & DELETED)
+        if table.state[table.newest(model_id)] & REPLICA:
+            return max(visible, key=lambda row: (table.created[row], row), default=NO_ROW)
+        return next(visible, NO_ROW)
+
+    def origin_of(self, model_id: str) -> str | None:
+        """The rack that owns the model with this id in any case, if it is known to be another one."""
+        row = self.table.newest(model_id)
+        if row != NO_ROW:
+            return self.replicas.owner_of(row) if self.table.state[row] & REPLICA else None
+        return self.replicas.awaited_from(model_id)
+
+    def check_own(self, model_id: str) -> None:
+        """ERR_NOT_ORIGIN if the model is known to be another rack's: only that one changes it."""
+        origin = self.origin_of(model_id)
+        if origin is not None:
+            raise ModelManagerError(
+                "ERR_NOT_ORIGIN", f"{model_id} belongs to {origin}; here is a copy.", modelId=model_id, origin=origin
+            )
+
+    def since(self, model_id: str) -> int | None:
+        """When the model's first version was stored (unix ms); None if there is no version."""
+        row = self.table.newest(model_id)
+        return None if row == NO_ROW else self.entry(row).since
 
     def entry(self, row: int, *, wait: bool = False) -> VersionEntry:
         """The version in a row that is there."""
@@ -248,6 +281,9 @@ class Catalog:
         for row, tags in enumerate([record.metadata.tags for record in records], first):
             for tag in tags:
                 by_tag[tag].append(row)
+        for row, record in enumerate(records, first):
+            if record.replica_of:
+                self._take_replica(row, record.replica_of)
         for line in [line for line in lines if line.record.upload or line.record.idem is not None]:
             if line.record.upload:
                 self._work.store_upload(line.record.upload, line.sequence, line.time_ms)
@@ -256,6 +292,10 @@ class Catalog:
 
     def _take_request(self, request: IndexedRequest, line: IndexedLine) -> None:
         self.requests.add(request.key, RememberedRequest(request.hash, line.sequence, line.time_ms))
+
+    def _take_replica(self, row: int, origin: str) -> None:
+        self.table.state[row] |= REPLICA
+        self.replicas.store(row, origin)
 
     def settle(self) -> None:
         """The replay is over."""
@@ -277,6 +317,8 @@ class Catalog:
         self._tag(row, record["metadata"])
         if "upload" in record:
             self._work.store_upload(record["upload"], sequence, time_ms)
+        if "replicaOf" in record:
+            self._take_replica(row, record["replicaOf"])
 
     def _update(self, record: Any, sequence: int, time_ms: int) -> None:
         row = self.table.find(record["model"], record["version"])

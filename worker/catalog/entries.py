@@ -29,7 +29,8 @@ class VersionEntry(msgspec.Struct, frozen=True, gc=False):
     """A stored version, as its records say. `checksum` is sha256 in hex, times are unix milliseconds, `sequence` is its
     `store` record's.
 
-    `wrong` and `moved` are those of the last `update` record; `files` says where the bytes lie now.
+    `wrong` and `moved` are those of the last `update` record; `files` says where the bytes lie now. `since` is when the
+    model's first version was stored. `replica_of` is the rack that owns the model, if that is another one: `origin`.
     `deleted_at` is set from a delete until a restore or the end of the undo window, at which the entry goes.
     """
 
@@ -44,6 +45,8 @@ class VersionEntry(msgspec.Struct, frozen=True, gc=False):
     origin: str
     replicas: tuple[str, ...]
     sequence: int
+    since: int = 0
+    replica_of: str | None = None
     revision: int = 1
     quarantined: bool = False
     wrong: tuple[str, ...] = ()
@@ -70,7 +73,9 @@ class VersionEntry(msgspec.Struct, frozen=True, gc=False):
             origin=store["origin"],
             replicas=tuple((update or store)["replicas"]),
             sequence=sequence,
-            revision=1 if update is None else update["revision"],
+            since=store.get("since", store["created"]),
+            replica_of=store.get("replicaOf"),
+            revision=store.get("revision", 1) if update is None else update["revision"],
             quarantined=update is not None and update["state"] == "quarantined",
             wrong=() if update is None else tuple(update.get("wrong", ())),
             moved=moved,
@@ -95,8 +100,11 @@ class VersionEntry(msgspec.Struct, frozen=True, gc=False):
             "checksum": digest_of(self.checksum),
             "size": self.size,
             "createdAt": timestamp(self.created),
+            "modelCreatedAt": timestamp(self.since),
             "revision": self.revision,
             "aliases": aliases,
+            "origin": self.origin,
+            "replicas": list(self.replicas),
             "state": self.state,
             "metadata": self.metadata,
         }
@@ -122,9 +130,11 @@ class VersionEntry(msgspec.Struct, frozen=True, gc=False):
             "size": self.size,
             "files": self.file_views(),
             "aliases": [],
+            "origin": self.origin,
             "replicas": list(self.replicas),
             "state": self.state,
             "createdAt": timestamp(self.created),
+            "modelCreatedAt": timestamp(self.since),
         }
 
 

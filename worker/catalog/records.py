@@ -37,6 +37,7 @@ class IndexedRecord(msgspec.Struct, frozen=True, gc=False):
     created: int = 0
     upload: str = ""
     idem: IndexedRequest | None = None
+    replica_of: str = msgspec.field(default="", name="replicaOf")
 
 
 class IndexedLine(Protocol):

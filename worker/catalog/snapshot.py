@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -11,9 +12,10 @@ import orjson
 
 from worker.catalog.catalog import Catalog, Totals
 from worker.catalog.entries import Deletion, JobEntry, UploadEntry
+from worker.catalog.replicas import Cursor, Pull
 from worker.catalog.sorting import MODEL_ID, make_order
 
-VERSION = 3
+VERSION = 4
 
 
 def dump_catalog(catalog: Catalog) -> dict[str, Any]:
@@ -38,11 +40,15 @@ def dump_catalog(catalog: Catalog) -> dict[str, Any]:
         "uploads": [asdict(upload) for upload in catalog.uploads.values()],
         "jobs": [asdict(job) for job in catalog.jobs.values()],
         "requests": catalog.requests.dumped(),
+        "pulls": [asdict(pull) for pull in catalog.replicas.pulls()],
+        "cursors": {rack: asdict(cursor) for rack, cursor in catalog.replicas.cursors.items()},
+        "replicas": [[rack, len(rows)] for rack, rows in catalog.replicas.rows.items()],
         "tags": [[tag, len(rows)] for tag, rows in catalog.by_tag.items()],
     }
     return {
         "rest": orjson.dumps(rest),
         "tagRows": b"".join(rows.tobytes() for rows in catalog.by_tag.values()),
+        "replicaRows": b"".join(rows.tobytes() for rows in catalog.replicas.rows.values()),
         "tombstoneTimes": catalog.tombstone_times,
         "tombstones": catalog.tombstones,
         "order": order.dumped(),
@@ -76,15 +82,24 @@ def load_catalog(catalog: Catalog, parts: dict[str, memoryview]) -> bool:
         catalog.blobs.use(entry.stored_files if entry.state == "completed" else ())
     catalog.jobs.update((job["id"], JobEntry(**job)) for job in rest["jobs"])
     catalog.requests.load(rest["requests"])
-    rows, start = parts["tagRows"], 0
-    for tag, length in rest["tags"]:
-        catalog.by_tag[tag] = array("I", bytes(rows[start : start + 4 * length]))
-        start += 4 * length
+    for pull in rest["pulls"]:
+        catalog.replicas.hold(Pull(**{**pull, "replicas": tuple(pull["replicas"])}))
+    catalog.replicas.cursors = {rack: Cursor(**cursor) for rack, cursor in rest["cursors"].items()}
+    catalog.replicas.rows.update(_rows(parts["replicaRows"], rest["replicas"]))
+    catalog.by_tag.update(_rows(parts["tagRows"], rest["tags"]))
     catalog.tombstone_times.frombytes(parts["tombstoneTimes"])
     catalog.tombstones.frombytes(parts["tombstones"])
     order = make_order(catalog.table, MODEL_ID, rows=np.frombuffer(parts["order"], np.uint32))
     catalog.orders[MODEL_ID] = order
     return True
+
+
+def _rows(part: memoryview, lengths: Iterable[tuple[str, int]]) -> Iterator[tuple[str, array[int]]]:
+    """The rows of each name, which lie one after the other."""
+    start = 0
+    for name, length in lengths:
+        yield name, array("I", bytes(part[start : start + 4 * length]))
+        start += 4 * length
 
 
 def _named(parts: dict[str, memoryview], prefix: str) -> dict[str, memoryview]:

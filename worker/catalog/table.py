@@ -17,7 +17,7 @@ import numpy as np
 from worker.catalog.records import IndexedRecord
 
 NO_ROW = 0xFFFF_FFFF
-QUARANTINED, DELETED, FORGOTTEN = 1, 2, 4
+QUARANTINED, DELETED, FORGOTTEN, REPLICA = 1, 2, 4, 8
 _HIDDEN = DELETED | FORGOTTEN
 _MIX = 0x1E37_79B9_7F4A_7C15
 _WALKED = 16  # versions of one model that are compared one by one
@@ -237,6 +237,10 @@ class VersionTable:
         """Which rows are neither deleted nor forgotten."""
         visible: np.ndarray[Any, np.dtype[np.bool_]] = np.frombuffer(bytes(self.state), np.uint8) & _HIDDEN == 0
         return visible
+
+    def count_visible_of(self, rows: array[int]) -> int:
+        """How many of these rows are visible."""
+        return int(np.count_nonzero(self.visible()[np.frombuffer(rows.tobytes(), np.uint32)]))
 
     def column(self, name: str) -> np.ndarray[Any, Any]:
         """A copy of `type`, `size` or `created`."""

@@ -96,14 +96,15 @@ class _Link:
 
 class AmqpCaller:
     """Calls the worker of `rack` through the broker at `url`: `amqp://`, or `amqps://` with the files of TLS as its
-    parameters `cafile`, `certfile` and `keyfile` (`auth=external`: the certificate is the login).
+    parameters `cafile`, `certfile` and `keyfile` (`auth=external`: the certificate is the login). A function is asked
+    for the address each time, which may have a new password then.
 
     It connects with the first call, and again with the first one after a loss. Calls that were in flight then are sent
     once more with the key they had, so their effect happens once. It belongs to one event loop.
     """
 
-    def __init__(self, url: str, rack: str) -> None:
-        self._url = url
+    def __init__(self, url: str | Callable[[], str], rack: str) -> None:
+        self._url = url if callable(url) else lambda: url
         self._rack = rack
         self._opening: asyncio.Task[_Link] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
@@ -244,10 +245,11 @@ class AmqpCaller:
         task.add_done_callback(self._leaving.discard)
 
     async def _open(self) -> _Link:
-        connection = await connect(self._url, passing=self._reached)
+        url = self._url()
+        connection = await connect(url, passing=self._reached)
         try:
             async with asyncio.timeout(CONNECT_S):
-                link = await self._prepare(connection)
+                link = await self._prepare(connection, login_of(url))
         except TimeoutError:
             self._leave(connection)
             raise Unreachable("The broker does not answer.", passing=self._reached) from None
@@ -259,13 +261,13 @@ class AmqpCaller:
         self.connections += 1
         return link
 
-    async def _prepare(self, connection: AbstractConnection) -> _Link:
+    async def _prepare(self, connection: AbstractConnection, user_id: str | None) -> _Link:
         try:
             with losses():
                 channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
                 exchange = await channel.get_exchange(RPC_EXCHANGE, ensure=True)
                 replies = await channel.declare_queue(exclusive=True, auto_delete=True)
-                link = _Link(connection, channel, exchange, replies.name, self._late, login_of(self._url))
+                link = _Link(connection, channel, exchange, replies.name, self._late, user_id)
                 connection.close_callbacks.add(link.lose)
                 channel.close_callbacks.add(link.lose)
                 # The broker cancels the consumer when the reply queue goes, as with its node: no answer would come.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 from typing import Any
 
 import structlog
@@ -35,16 +35,20 @@ Body = Callable[[dict[str, Any], Progress], Awaitable[Commit]]
 
 _LAST_PROGRESS_KEPT = 1000
 _OPEN_MOST = 1000
+_WAITING_MOST = 64
 _COME_BACK_MS = 5000
 
 
 class Jobs:
-    """Runs the bodies, at most `places` at once."""
+    """Runs the bodies, at most `places` at once; those of `patient` methods, which mostly wait, take none of these."""
 
-    def __init__(self, registry: Registry, bodies: dict[str, Body], *, places: int) -> None:
+    def __init__(
+        self, registry: Registry, bodies: dict[str, Body], *, places: int, patient: Set[str] = frozenset()
+    ) -> None:
         self._registry = registry
         self._bodies = bodies
-        self._places = asyncio.Semaphore(places)
+        working, waiting = asyncio.Semaphore(places), asyncio.Semaphore(_WAITING_MOST)
+        self._places = {method: waiting if method in patient else working for method in bodies}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._committing: set[str] = set()  # and those that record their end
         self._cancelled: set[str] = set()
@@ -176,7 +180,7 @@ class Jobs:
 
     async def _run(self, job: JobEntry) -> None:
         try:
-            async with self._places:
+            async with self._places[job.method]:
                 progress = self._progress[job.id] = {}
                 commit = await self._bodies[job.method](job.params, progress.__setitem__)
                 self._committing.add(job.id)

@@ -1,4 +1,4 @@
-"""The bodies of the jobs validateModel and replicateModel."""
+"""The body of the job validateModel, and what a verdict on bytes means for versions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from schemas.findings import Finding
 from schemas.ids import digest_of
 from schemas.journal import StoredFile
 from schemas.model import version_digest
-from schemas.rpc import ReplicateReply, ValidatedFile, ValidateReply
+from schemas.rpc import ValidatedFile, ValidateReply
 from worker.cache import ModelCache
 from worker.catalog.entries import VersionEntry
+from worker.catalog.updates import update_record
 from worker.jobs.runner import Commit
 from worker.policy import Policy
 from worker.registry import Change, Registry
-from worker.service.editing import update_record
 from worker.service.examining import Examining
 from worker.storage.blobstore import BlobMissing, BlobStore
 
@@ -152,43 +152,12 @@ class Checking:
             if (quarantined, known) == (current.quarantined, set(current.wrong)):
                 return None
             state = "quarantined" if quarantined else "available"
-            return Change("update", update_record(self._registry, current, state=state, wrong=sorted(known)))
+            return Change("update", update_record(self._registry.catalog, current, state=state, wrong=sorted(known)))
 
         changed = await self._registry.transact(model.lower(), decide)
         if changed is not None and changed.record["state"] == "quarantined":
             self._cache.forget(model, version)
             _log.error("model_quarantined", model=model, version=version)
-
-    async def replicate(self, params: dict[str, Any], progress: Progress) -> Commit:
-        """Record which racks should hold the version; the record's hint tells them. No rack's answer is waited for."""
-        catalog = self._registry.catalog
-        resolved = await self._registry.look(lambda: catalog.resolve(params["modelId"], params["version"]))
-        peers = params.get("peers")
-        wanted = list(self._policy.peers) if peers is None else [p for p in peers if p != self._policy.rack]
-
-        def decide() -> Change | None:
-            entry = self._registry.catalog.resolve(resolved.model, resolved.version)
-            replicas = sorted({*entry.replicas, *wanted})
-            if replicas == sorted(entry.replicas):
-                return None
-            return Change("update", update_record(self._registry, entry, replicas=replicas))
-
-        message = "Recorded and announced. That rack has not confirmed a copy."
-        reply = ReplicateReply(
-            success=True,
-            modelId=resolved.model,
-            version=resolved.version,
-            totalPeers=len(wanted),
-            successfulReplications=0,
-            failedReplications=0,
-            results=[{"peer": peer, "state": "pending", "message": message} for peer in wanted],
-        )
-
-        async def commit() -> dict[str, Any]:
-            await self._registry.transact(resolved.model.lower(), decide)
-            return cast(dict[str, Any], reply)
-
-        return commit
 
 
 def _listed(files: list[ValidatedFile]) -> list[ValidatedFile]:

@@ -26,29 +26,11 @@ from schemas.wire import timestamp
 from worker.answers import answer_of
 from worker.cache import ModelCache
 from worker.catalog.entries import ModelEntry, VersionEntry
+from worker.catalog.updates import update_record
 from worker.context import Context
 from worker.journal import Entry
 from worker.policy import Policy
 from worker.registry import Change, Registry
-
-
-def update_record(registry: Registry, entry: VersionEntry, **changed: Any) -> dict[str, Any]:
-    """The `update` record of a version as it is, with `changed` members."""
-    known = {"wrong": list(entry.wrong), "moved": list(entry.moved)}
-    return {
-        "model": entry.model,
-        "version": entry.version,
-        "checksum": entry.checksum,
-        "size": entry.size,
-        "metadata": entry.metadata,
-        "replicas": list(entry.replicas),
-        "aliases": registry.catalog.aliases_of(entry),
-        "state": entry.state,
-        "revision": entry.revision,
-        "created": entry.created,
-        **{name: blobs for name, blobs in known.items() if blobs},
-        **changed,
-    }
 
 
 class Editing:
@@ -61,6 +43,7 @@ class Editing:
 
     async def update_model_metadata(self, params: UpdateModelMetadata, context: Context) -> MetadataReply:
         def decide() -> Change:
+            self._registry.catalog.check_own(params.model_id)
             entry = self._registry.catalog.resolve(params.model_id, params.version)
             if params.expected_revision not in (None, entry.revision):
                 raise ModelManagerError(
@@ -69,7 +52,7 @@ class Editing:
                     revision=entry.revision,
                 )
             metadata = patched(entry, params.metadata)
-            record = update_record(self._registry, entry, metadata=metadata, revision=entry.revision + 1)
+            record = update_record(self._registry.catalog, entry, metadata=metadata, revision=entry.revision + 1)
             return Change("update", with_request(record, context))
 
         return cast(MetadataReply, await self._write(params.model_id, decide))
@@ -174,6 +157,8 @@ class Editing:
         return previous
 
     def _model(self, model_id: str) -> ModelEntry:
+        """The model, if it is this rack's own."""
+        self._registry.catalog.check_own(model_id)
         model = self._registry.catalog.model(model_id)
         if model is None:
             raise ModelManagerError("ERR_MODEL_NOT_FOUND", f"There is no model {model_id}.", modelId=model_id)

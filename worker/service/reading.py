@@ -68,11 +68,23 @@ class Reading:
         self._file_url = file_url
         self.archive_state: Callable[[], dict[str, Any]] = dict
         """How far the archive of the journal leads, if there is one: `archivedSequence` and `archiveLagSeconds`."""
+        self.pull_state: Callable[[str, str], dict[str, Any]] = lambda model, version: {}
+        """What is known of a version that is on its way from another rack."""
+        self.replication_state: Callable[[], dict[str, Any]] = dict
 
     async def get_model_metadata(self, params: GetModelMetadata, context: Context) -> MetadataReply:
-        catalog = self._registry.catalog
-        entry = await self._registry.look(lambda: catalog.resolve(params.model_id, params.version))
-        return entry.described(catalog.aliases_of(entry))
+        entry = await self._resolve(params.model_id, params.version)
+        return entry.described(self._registry.catalog.aliases_of(entry))
+
+    async def _resolve(self, model_id: str, reference: str) -> VersionEntry:
+        """As the catalog does; ERR_MODEL_NOT_FOUND tells of a copy that is on its way."""
+        try:
+            return await self._registry.look(lambda: self._registry.catalog.resolve(model_id, reference))
+        except ModelManagerError as error:
+            if error.code == "ERR_MODEL_NOT_FOUND" and (state := self.pull_state(model_id, reference)):
+                text = f"{model_id}:{reference} is on its way from {state['origin']}."
+                raise ModelManagerError(error.code, text, **{**error.details, **state}) from None
+            raise
 
     async def list_models(self, params: ListModels, context: Context) -> ListReply:
         query = list_query(params.type)
@@ -113,7 +125,7 @@ class Reading:
 
     async def _available(self, model_id: str, reference: str) -> VersionEntry:
         """The version, if its bytes may be given out."""
-        entry = await self._registry.look(lambda: self._registry.catalog.resolve(model_id, reference))
+        entry = await self._resolve(model_id, reference)
         trusts = self._registry.catalog.blobs.trusts
         if entry.quarantined or not all(trusts(file["key"]) for file in entry.files):
             raise ModelManagerError(
@@ -265,6 +277,7 @@ class Reading:
             "replication": {
                 "factor": self._policy.replication_factor,
                 "peers": list(self._policy.peers),
+                **self.replication_state(),
             },
         }
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, cast
 
+from schemas.journal import StoredFile
 from schemas.model import Metadata, VersionsOfModel
 from schemas.rpc import CancelJob, GetJob, ReplicateModel, StoreReply, ValidateModel
 from schemas.uploads import CompleteUpload
@@ -22,6 +23,7 @@ from worker.service.checking import Checking
 from worker.service.editing import Editing
 from worker.service.examining import Examining
 from worker.service.reading import Reading
+from worker.service.replicating import Replicating
 from worker.service.storing import Storing
 from worker.storage.blobstore import BlobStore
 from worker.uploads.sessions import UploadSessions
@@ -52,14 +54,16 @@ class ModelService:
         self._storing = Storing(registry, store, policy, cache, self.uploads, self._examining)
         editing = Editing(registry, policy, cache)
         self.checking = checking = Checking(registry, store, policy, cache, self._examining)
+        self.replicating = Replicating(registry, policy)
         self.jobs = Jobs(
             registry,
             {
                 "validateModel": checking.validate,
-                "replicateModel": checking.replicate,
+                "replicateModel": self.replicating.watch,
                 "completeUpload": self._complete_upload,
             },
             places=job_places,
+            patient={"replicateModel"},
         )
         reading, uploads = self.reading, self.uploads
         self.handlers: dict[str, Handler] = {
@@ -100,9 +104,8 @@ class ModelService:
 
     async def _replicate_model(self, params: ReplicateModel, context: Context) -> dict[str, Any]:
         entry = await self._resolve(params.model_id, params.version)
-        work: dict[str, Any] = {"modelId": entry.model, "version": entry.version}
-        if params.peers is not None:
-            work["peers"] = list(dict.fromkeys(params.peers))
+        peers = await self.replicating.name(entry.model, entry.version, params.peers)
+        work = {"modelId": entry.model, "version": entry.version, "peers": peers}
         return await self._accept("replicateModel", work, context)
 
     async def _begin_complete(self, params: CompleteUpload, context: Context) -> dict[str, Any]:
@@ -148,6 +151,10 @@ class ModelService:
         return await self._registry.look(lambda: answer_of(entry, self._registry.catalog))
 
     # --- streams ---
+
+    async def refuse_stored(self, model_type: str, files: Sequence[StoredFile]) -> None:
+        """Raise the error of a store of these files, if they hold what this rack does not take."""
+        await self._examining.refuse(model_type, self._examining.stored(files))
 
     async def open_file(self, model_id: str, ref: str, path: str | None, *, redirect: bool = False) -> OpenedFile:
         return await self.reading.open_file(model_id, ref, path, redirect=redirect)

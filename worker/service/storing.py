@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,12 +20,14 @@ from schemas.rpc import StoreModel, StoreReply
 from worker.answers import store_reply
 from worker.cache import ModelCache
 from worker.catalog.entries import UploadEntry, VersionEntry
+from worker.catalog.updates import moved_record
 from worker.context import Context
 from worker.journal import Entry
+from worker.pins import Pins, pinned
 from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.replication.placement import place
-from worker.service.editing import update_record, with_request
+from worker.service.editing import with_request
 from worker.service.examining import Examining
 from worker.storage.blobstore import BlobInfo, BlobStore
 from worker.uploads.plan import FEW_FILES, check_fits
@@ -86,10 +87,10 @@ class Storing:
             params.model_id, params.metadata, tuple((file.path, len(file.data), file.sha256) for file in inline)
         )
         sources = [(file.path, BytesSource(file.data)) for file in inline]
-        with self._pins() as pins:
+        with pinned(self._registry) as pins:
             files = None
             if await self._is_missing(wanted, sources):
-                self._check_fits(wanted, context)
+                await self._check_fits(wanted, context)
                 files = await self._put_inline(inline, wanted, pins)
             reply = await self._commit(wanted, files, context)
         if reply["created"]:
@@ -110,10 +111,11 @@ class Storing:
     ) -> StoreReply:
         """Store a version of one file from a stream of unknown length; `sha256` in hex, if the caller declared it."""
         self._policy.check_type(metadata.type)
+        self._registry.catalog.check_own(model_id)
         self._check_not_alias(model_id, metadata.version)
         if size is not None:
             self._policy.check_size(size)
-        with self._pins() as pins:
+        with pinned(self._registry) as pins:
             key = pins.new(self._store.new_key())
             stored = await self._store.put(
                 key,
@@ -135,14 +137,14 @@ class Storing:
         wanted = _Wanted(
             params.model_id, params.metadata, tuple((file["path"], file["size"], file["sha256"]) for file in files)
         )
-        with self._pins() as pins:
+        with pinned(self._registry) as pins:
             for file in files:
                 pins.new(file["key"])
             if upload.state == "completed":
                 await self._is_missing(wanted, self._examining.stored(files))
             return await self._commit(wanted, files, context, upload=upload)
 
-    async def _put_inline(self, inline: list[_Inline], wanted: _Wanted, pins: _Pins) -> list[StoredFile]:
+    async def _put_inline(self, inline: list[_Inline], wanted: _Wanted, pins: Pins) -> list[StoredFile]:
         """The files, with the bytes that are not there yet put into the store, once each."""
         keys: dict[str, str] = {}
         for file in inline:
@@ -178,6 +180,7 @@ class Storing:
         twin = catalog.case_twin(model_id)
         if twin is not None:
             raise ModelManagerError("ERR_CONFLICT", f"The model {twin} differs in case only.", modelId=twin)
+        catalog.check_own(model_id)
         entry = catalog.find(model_id, metadata.version)
         if entry is None:
             self._check_not_alias(model_id, metadata.version)
@@ -249,6 +252,9 @@ class Storing:
             "origin": policy.rack,
             "replicas": list(place(checksum, policy.peers, policy.replication_factor, policy.rack)),
         }
+        since = self._registry.catalog.since(wanted.model_id)
+        if since is not None:
+            record["since"] = since
         if upload is not None:
             record["upload"] = upload.id
         return with_request(cast("dict[str, Any]", record), context)
@@ -259,12 +265,7 @@ class Storing:
         """The record that gives a version these blobs, whose bytes are right, in place of its own."""
         if entry.quarantined and not entry.wrong:  # since before records said which of its blobs are wrong
             raise ModelManagerError("ERR_CONFLICT", "The version is quarantined: validate it, then store it again.")
-        before = {file["path"]: file["key"] for file in entry.files}
-        moved = {blob["sha256"]: blob for blob in entry.moved}
-        for file in files:
-            if file["key"] != before[file["path"]]:
-                moved[file["sha256"]] = {"size": file["size"], "sha256": file["sha256"], "key": file["key"]}
-        record = update_record(self._registry, entry, state="available", moved=list(moved.values()))
+        record = moved_record(self._registry.catalog, entry, files)
         if upload is not None:
             record["upload"] = upload.id
         return record if entry.deleted_at is not None else with_request(record, context)
@@ -279,44 +280,16 @@ class Storing:
             raise ModelManagerError("ERR_CONFLICT", message)
         return files
 
-    def _check_fits(self, wanted: _Wanted, context: Context) -> None:
+    async def _check_fits(self, wanted: _Wanted, context: Context) -> None:
         """ERR_INVALID_REQUEST if the record would be too large, before there are bytes."""
         if len(wanted.files) <= FEW_FILES:
             return
         key = self._store.new_key()
         files = [_stored_file(path, size, sha256, key) for path, size, sha256 in wanted.files]
-        check_fits("store", self._record(wanted, files, context))
+        check_fits("store", await self._registry.look(lambda: self._record(wanted, files, context)))
 
     def _info(self, model_id: str, metadata: Metadata) -> BlobInfo:
         return BlobInfo(format=metadata.type, model=model_id, version=metadata.version, rack=self._policy.rack)
-
-    @contextlib.contextmanager
-    def _pins(self) -> Iterator[_Pins]:
-        pins = _Pins(self._registry)
-        try:
-            yield pins
-        finally:
-            self._registry.unpin(pins.keys)
-
-
-class _Pins:
-    """The storage keys that one store keeps from being removed until its commit."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self.keys: list[str] = []
-
-    def new(self, key: str) -> str:
-        self._registry.pin([key])
-        self.keys.append(key)
-        return key
-
-    async def stored(self, sha256: str) -> str | None:
-        """The key under which the rack has these bytes, if it has them."""
-        key = await self._registry.pin_stored(sha256)
-        if key is not None:
-            self.keys.append(key)
-        return key
 
 
 def _decode(params: StoreModel, limit: int) -> list[_Inline]:

@@ -18,6 +18,7 @@ from worker.transport.reply_addresses import EXCLUSIVE_PREFIX, NAMED_PREFIX
 from worker.transport.topology import DEAD_EXCHANGE, HINT_EXCHANGE, RPC_EXCHANGE, request_queue
 
 DEFAULT_EXCHANGE = "amq.default"
+REPLICATION = ("getChanges", "getModel", "getModelMetadata", "listModels", "ping")  # what racks ask of each other
 LOOKUPS = ("getModel", "getModelMetadata", "listModels", "searchModels", "getChanges", "getStorageStats", "ping")
 # What `push` calls, and what it takes to suggest the next version.
 UPLOADS = (
@@ -63,11 +64,16 @@ def users(racks: Sequence[str]) -> tuple[BrokerUser, ...]:
 
 
 def _worker(rack: str) -> BrokerUser:
-    """Consumes its own rack's requests, answers, announces, dead-letters; declares nothing."""
+    """Consumes its own rack's requests, answers, announces, dead-letters. For copies of other racks' models it hears
+    their hints and asks them, on queues of its own."""
+    own = (f"{_escaped(EXCLUSIVE_PREFIX)}.+", f"{_escaped(request_queue(rack))}\\.hints\\..+")
+    exchanges = (DEFAULT_EXCHANGE, DEAD_EXCHANGE, HINT_EXCHANGE, RPC_EXCHANGE)
     return BrokerUser(
         worker_name(rack),
-        write=_names(DEFAULT_EXCHANGE, DEAD_EXCHANGE, HINT_EXCHANGE),
-        read=_names(request_queue(rack)),
+        configure=_patterns(*own),
+        write=_patterns(*map(_escaped, exchanges), own[1]),
+        read=_patterns(*map(_escaped, (request_queue(rack), HINT_EXCHANGE)), *own),
+        call=_methods(REPLICATION),
     )
 
 

@@ -65,6 +65,7 @@ class UploadSessions:
         twin = self._registry.catalog.case_twin(params.model_id)
         if twin is not None:
             raise ModelManagerError("ERR_CONFLICT", f"The model {twin} differs in case only.", modelId=twin)
+        self._registry.catalog.check_own(params.model_id)
         check_plan(params.files, in_parts=self._parts is not None)
         check_open(self._registry.catalog.uploads.values(), len(params.files))
         upload_id = new_ulid()

@@ -1,0 +1,105 @@
+"""What this rack holds, or is to hold, of other racks' models; and how far it has taken in their changes."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """A version whose bytes are to be brought here, from its origin or another rack that holds it. `checksum` is sha256
+    in hex, `size` in bytes, `sequence` is its record's."""
+
+    model: str
+    version: str
+    origin: str
+    checksum: str
+    size: int
+    replicas: tuple[str, ...]
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far the changes of a rack are taken in: `after` is a sequence of its journal's life `epoch`, `sequence` that
+    of our record."""
+
+    epoch: int
+    after: int
+    sequence: int
+
+
+class Replicas:
+    """The fold of their records."""
+
+    def __init__(self) -> None:
+        self.cursors: dict[str, Cursor] = {}  # by rack
+        self.rows: defaultdict[str, array[int]] = defaultdict(_no_rows)  # by rack, ascending; with those that are gone
+        self.awaited = 0
+        """How many pulls are not over."""
+        self._pulls: dict[str, dict[str, Pull]] = {}  # by model in lower case, and version
+
+    def pulls(self) -> Iterator[Pull]:
+        """Those that are not over. The models in the order of their first one, the versions of each in their own."""
+        for pulls in list(self._pulls.values()):
+            yield from list(pulls.values())
+
+    def pull_of(self, model: str, version: str) -> Pull | None:
+        pull = self._pulls.get(model.lower(), {}).get(version)
+        return None if pull is None or pull.model != model else pull
+
+    def awaited_from(self, model: str) -> str | None:
+        """The rack from which a version of the model with this id in any case is to be brought."""
+        pulls = self._pulls.get(model.lower())
+        return None if pulls is None else next(iter(pulls.values())).origin
+
+    def owner_of(self, row: int) -> str | None:
+        """The rack whose version is in the row; None if it is our own."""
+        for rack, rows in self.rows.items():
+            place = bisect_left(rows, row)
+            if place < len(rows) and rows[place] == row:
+                return rack
+        return None
+
+    # --- folding ---
+
+    def begin_pull(self, record: Any, sequence: int, time_ms: int) -> None:
+        self.hold(
+            Pull(
+                model=record["model"],
+                version=record["version"],
+                origin=record["origin"],
+                checksum=record["checksum"],
+                size=record["size"],
+                replicas=tuple(record["replicas"]),
+                sequence=sequence,
+            )
+        )
+
+    def hold(self, pull: Pull) -> None:
+        pulls = self._pulls.setdefault(pull.model.lower(), {})
+        self.awaited += pull.version not in pulls
+        pulls[pull.version] = pull
+
+    def end_pull(self, record: Any, sequence: int, time_ms: int) -> None:
+        key = record["model"].lower()
+        pulls = self._pulls.get(key, {})
+        self.awaited -= pulls.pop(record["version"], None) is not None
+        if not pulls:
+            self._pulls.pop(key, None)
+
+    def follow(self, record: Any, sequence: int, time_ms: int) -> None:
+        self.cursors[record["origin"]] = Cursor(record["epoch"], record["after"], sequence)
+
+    def store(self, row: int, origin: str) -> None:
+        """The version in a new row is a copy of that rack's."""
+        self.rows[origin].append(row)
+
+
+def _no_rows() -> array[int]:
+    return array("I")

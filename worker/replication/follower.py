@@ -1,0 +1,267 @@
+"""Following: the changes of one other rack, so that a lost hint is missed for a minute at most.
+
+How far they were taken in is recorded now and then, behind their effects; what is read again after a crash changes
+nothing. A rack whose feed does not reach back to there, or has begun anew, is compared as a whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import structlog
+
+from schemas.errors import ModelManagerError
+from schemas.rpc import ListReply
+from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW
+from worker.registry import Change, Registry
+from worker.replication.mirror import Mirror
+from worker.replication.peers import Gone, Peers, Told, ask
+
+_log = structlog.get_logger()
+
+_CHANGES_AT_ONCE = 100
+_LISTED_AT_ONCE = 1000
+_MODELS_AT_ONCE = 16
+_PULLS_MOST = 10_000  # awaited, of all racks: each takes memory
+_POLL_S = 60.0
+_RECORD_S = 30.0
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 30.0
+
+Item = TypeVar("Item")
+
+
+class Follower:
+    """Runs for the life of the process; wakes for the hints of `origin`, and every minute."""
+
+    def __init__(self, origin: str, rack: str, registry: Registry, mirror: Mirror, peers: Peers) -> None:
+        self.origin = origin
+        self.head = 0
+        """The last sequence of that rack's journal that we know of."""
+        self.error: ModelManagerError | None = None
+        """Why it cannot be followed just now."""
+        self._rack = rack
+        self._registry = registry
+        self._mirror = mirror
+        self._peers = peers
+        self._peer = peers.rack(origin)
+        self._wake = asyncio.Event()
+        cursor = registry.catalog.replicas.cursors.get(origin)
+        self._place = None if cursor is None else (cursor.epoch, cursor.after)
+        self._recorded = self._place
+        self._recorded_at = time.monotonic()
+        self._level_at = time.monotonic()
+
+    @property
+    def epoch(self) -> int:
+        return 0 if self._place is None else self._place[0]
+
+    @property
+    def after(self) -> int:
+        """The sequence up to which its changes are taken in."""
+        return 0 if self._place is None else self._place[1]
+
+    @property
+    def lag_s(self) -> float:
+        """Seconds since all its changes were taken in, as far as it could tell them."""
+        return time.monotonic() - self._level_at
+
+    def hear(self, epoch: int, sequence: int) -> None:
+        """A hint told of this sequence."""
+        if (epoch, sequence) > (self.epoch, self.after):
+            self._wake.set()
+
+    def wake(self) -> None:
+        """Hints may have been lost."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        pause = _FIRST_PAUSE_S
+        while True:
+            self._wake.clear()
+            try:
+                await self._catch_up()
+            except Exception as error:  # noqa: BLE001 - a stranger's answer must not end the worker
+                self._fail(error)
+                await asyncio.sleep(pause * random.uniform(0.5, 1))
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                continue
+            if self.error is not None:
+                _log.info("rack_followed_again", origin=self.origin)
+            self.error, pause = None, _FIRST_PAUSE_S
+            await self._rest()
+
+    def _fail(self, error: Exception) -> None:
+        known = error if isinstance(error, ModelManagerError) else ModelManagerError("ERR_INTERNAL")
+        if known is not error:
+            _log.error("rack_not_understood", origin=self.origin, exc_info=error)
+        elif self.error is None or self.error.code != known.code:
+            _log.warning("rack_not_followed", origin=self.origin, code=known.code, reason=known.message)
+        self.error = known
+
+    async def _rest(self) -> None:
+        """Until something is heard, the next poll, or the cursor is due to be recorded."""
+        left = _POLL_S
+        if self._recorded != self._place:
+            left = min(left, max(0.0, self._recorded_at + _RECORD_S - time.monotonic()))
+        try:
+            async with asyncio.timeout(left):
+                await self._wake.wait()
+        except TimeoutError:
+            await self._record(due=time.monotonic() - _RECORD_S)
+
+    async def _catch_up(self) -> None:
+        while True:
+            place = self._place or await self._compare()
+            try:
+                reply = await self._peer.get_changes(*place, limit=_CHANGES_AT_ONCE)
+            except ModelManagerError as error:
+                if error.code != "ERR_CHANGES_GONE":
+                    raise
+                self._place = None
+                continue
+            self.head = reply["head"]
+            await self._take(reply["changes"])
+            self._place = (place[0], reply["next"])
+            await self._record(due=time.monotonic() - _RECORD_S)
+            if reply["next"] >= reply["head"]:
+                self._level_at = time.monotonic()
+                return
+
+    async def _record(self, *, due: float) -> None:
+        """Record the cursor, unless that was done since `due` (seconds of `time.monotonic`)."""
+        place = self._place
+        if place is None or place == self._recorded or self._recorded_at > due:
+            return
+        record = {"origin": self.origin, "epoch": place[0], "after": place[1]}
+        await self._registry.transact(f"follow {self.origin}", lambda: Change("follow", record))
+        self._recorded, self._recorded_at = place, time.monotonic()
+
+    # --- one change after the other ---
+
+    async def _take(self, changes: Iterable[Mapping[str, Any]]) -> None:
+        """Look at the versions that the changes name, as they are at their origin now."""
+        named: dict[str, dict[str, bool]] = {}  # by model and version: whether it was purged
+        for change in changes:
+            model, versions, purged = self._concerned(change)
+            for version in versions:
+                # The last change of a version decides, in the order of the last ones.
+                known = named.setdefault(model, {})
+                known.pop(version, None)
+                known[version] = purged
+        await self._for_each(list(named.items()), self._look_at)
+
+    def _concerned(self, change: Mapping[str, Any]) -> tuple[str, list[str], bool]:
+        """The model, those of its named versions that are or should be here, and whether they were purged."""
+        model, data, kind = change["subject"], change["data"], change["type"]
+        if kind == "model-manager.alias.changed":
+            named = [data["previous"], data["version"]] if self._mirror.holds(self.origin, model) else []
+            return model, [version for version in reversed(named) if version is not None], False
+        named = data.get("versions") or [data["version"]]
+        if self._rack not in data.get("replicas", ()):
+            named = [version for version in named if self._mirror.concerns(self.origin, model, version)]
+        return model, named, kind == "model-manager.version.deleted" and "restorableUntil" not in data
+
+    async def _look_at(self, named: tuple[str, dict[str, bool]]) -> None:
+        model, versions = named
+        async with self._mirror.turn(model):
+            for version, purged in versions.items():
+                try:
+                    told = await ask(self._peers, self.origin, model, version)
+                except ModelManagerError as error:
+                    self._pass_over(error, model, version)
+                    continue
+                if isinstance(told, Gone):
+                    await self._mirror.drop(self.origin, model, version, replace(told, purged=purged))
+                else:
+                    await self._mirror.match(told)
+        await self._room()
+
+    def _pass_over(self, error: ModelManagerError, model: str, version: str) -> None:
+        """One version that cannot be told, or not be understood, does not hold up the others; raises other errors."""
+        if error.code != "ERR_INTERNAL":
+            raise error
+        _log.error("version_not_followed", origin=self.origin, model=model, version=version, reason=error.message)
+
+    async def _for_each(self, items: Iterable[Item], work: Callable[[Item], Awaitable[None]]) -> None:
+        """Do `work` on every item, some at a time. The first failure ends it and is raised."""
+        remaining = iter(items)
+
+        async def lane() -> None:
+            for item in remaining:
+                await work(item)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(_MODELS_AT_ONCE):
+                    group.create_task(lane())
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _room(self) -> None:
+        """Wait while too many versions are awaited."""
+        replicas = self._registry.catalog.replicas
+        while replicas.awaited >= _PULLS_MOST:  # noqa: ASYNC110 - each end of a pull gives room
+            await asyncio.sleep(1)
+
+    # --- all at once ---
+
+    async def _compare(self) -> tuple[int, int]:
+        """Make all copies what that rack lists; the place in its feed from which on that may have changed.
+
+        What is not listed any more is deleted here with an undo window, so that a registry that was lost there does not
+        take the last copies along.
+        """
+        catalog = self._registry.catalog
+        ping = await self._peer.ping()
+        _log.info("rack_compared", origin=self.origin, epoch=ping["epoch"], head=ping["head"])
+        seen = bytearray(len(catalog.table))
+        awaited = {pull.sequence: pull for pull in catalog.replicas.pulls() if pull.origin == self.origin}
+        cursor: str | None = None
+        while True:
+            page = await self._peer.list_models(limit=_LISTED_AT_ONCE, cursor=cursor)
+            await self._for_each(self._listed(page, seen, awaited), self._match)
+            cursor = page.get("nextCursor")
+            if cursor is None:
+                break
+        table = catalog.table
+        rows = [row for row in catalog.replicas.rows[self.origin] if row < len(seen) and not seen[row]]
+        left = [(table.model[row], table.version[row]) for row in rows if not table.state[row] & (DELETED | FORGOTTEN)]
+        left += [(pull.model, pull.version) for pull in awaited.values()]
+        await self._for_each([(model, {version: False}) for model, version in left], self._look_at)
+        self.head = ping["head"]
+        self._place = (ping["epoch"], ping["head"])
+        await self._record(due=time.monotonic())
+        return self._place
+
+    def _listed(self, page: ListReply, seen: bytearray, awaited: dict[int, Any]) -> list[Told]:
+        """What of a page concerns this rack; it is noted in `seen` by row, and taken out of `awaited`."""
+        catalog = self._registry.catalog
+        concerned: list[Told] = []
+        for entry in page["models"]:
+            if entry["origin"] != self.origin:
+                continue
+            model, version = entry["modelId"], entry["version"]
+            row = catalog.table.find(model, version)
+            if row != NO_ROW and row < len(seen):
+                seen[row] = True
+            pull = catalog.replicas.pull_of(model, version)
+            if pull is not None:
+                awaited.pop(pull.sequence, None)
+            if self._rack in entry["replicas"] or self._mirror.concerns(self.origin, model, version):
+                try:
+                    concerned.append(Told.of(entry))
+                except ModelManagerError as error:
+                    self._pass_over(error, model, version)
+        return concerned
+
+    async def _match(self, told: Told) -> None:
+        async with self._mirror.turn(told.model_id):
+            await self._mirror.match(told)
+        await self._room()
