@@ -20,6 +20,7 @@ from schemas.journal_examples import (
     METADATA,
     MODEL,
     RACK,
+    REPLICATION_JOB,
     START_MS,
     UPLOAD,
     WEIGHTS,
@@ -231,23 +232,9 @@ STORY: tuple[Example, ...] = (
     ),
     Example(
         "replicateModel",
-        "To one rack",
-        {"modelId": MODEL, "version": "1.0.0", "peers": ["rack-2"]},
-        {
-            "success": True,
-            "modelId": MODEL,
-            "version": "1.0.0",
-            "totalPeers": 1,
-            "successfulReplications": 0,
-            "failedReplications": 0,
-            "results": [
-                {
-                    "peer": "rack-2",
-                    "state": "pending",
-                    "message": "Recorded and announced. That rack has not confirmed a copy.",
-                }
-            ],
-        },
+        "To one rack, whose copy takes a while",
+        {"modelId": MODEL, "version": "1.0.0", "peers": ["rack-2"], "waitMs": 0},
+        {"success": True, "jobId": REPLICATION_JOB, "state": "running"},
     ),
     Example(
         "validateModel",
@@ -313,7 +300,7 @@ STORY: tuple[Example, ...] = (
         "getChanges",
         "From the beginning",
         {"epoch": 1, "after": 0, "limit": 1},
-        {"success": True, "epoch": 1, "head": 21, "changes": [HINT_EXAMPLES[0]], "next": 2},
+        {"success": True, "epoch": 1, "head": 20, "changes": [HINT_EXAMPLES[0]], "next": 2},
     ),
     Example(
         "getStorageStats",
@@ -334,12 +321,20 @@ STORY: tuple[Example, ...] = (
                 "bytes": len(WEIGHTS) + _BOTH_SIZE,
                 "deleted": 0,
                 "epoch": 1,
-                "sequence": 21,
-                "archivedSequence": 20,
+                "sequence": 20,
+                "archivedSequence": 19,
                 "archiveLagSeconds": 0.4,
             },
             "cache": {"entries": 0, "bytes": 0, "hits": 1, "misses": 0},
-            "replication": {"factor": 1, "peers": []},
+            "replication": {
+                "factor": 1,
+                "peers": [],
+                "copies": 0,
+                "pending": 0,
+                "failing": 0,
+                "conflicts": 0,
+                "following": [],
+            },
         },
     ),
 )

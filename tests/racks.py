@@ -30,6 +30,8 @@ class Network:
         self.fetched: list[tuple[str, int]] = []
         self.cut_after: list[int] = []
         """Each of the next transfers breaks after so many bytes."""
+        self.lost_hints = 0
+        """So many of the next hints reach nobody."""
         self._ears: dict[str, asyncio.Queue[Hint]] = {}
 
     def check(self, name: str) -> LocalRack:
@@ -38,6 +40,9 @@ class Network:
         return self.racks[name]
 
     def tell(self, hint: Hint) -> None:
+        if self.lost_hints:
+            self.lost_hints -= 1
+            return
         for ear in self._ears.values():
             ear.put_nowait(hint)
 
@@ -143,11 +148,19 @@ class ReplicatingRack(LocalRack):
         assert self.replication is not None
         self._task = asyncio.create_task(self.replication.run())
 
-    async def close(self) -> None:
-        self._network.racks.pop(self.name, None)
+    def check(self) -> None:
+        """Raises what ended its replication, if anything has."""
+        if self._task is not None and self._task.done():
+            self._task.result()
+
+    async def stop_replicating(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+
+    async def close(self) -> None:
+        self._network.racks.pop(self.name, None)
+        await self.stop_replicating()
         await super().close()
 
 

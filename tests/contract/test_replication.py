@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import pytest
 
 from schemas.errors import ModelManagerError
-from tests.racks import Network, ReplicatingRack, until
+from tests.racks import Network, NetworkPeers, ReplicatingRack, until
+from worker.replication.replication import Replication
+from worker.service import replicating
 from worker.storage.memory import MemoryStore
 
 Start = Callable[..., Awaitable[ReplicatingRack]]
@@ -132,3 +136,233 @@ async def test_what_is_purged_is_purged_everywhere(start: Start) -> None:
     await one.store_bytes("m", "1", b"other")
     await until(here(two))
     assert two.registry.catalog.find("m", "1").checksum == one.registry.catalog.find("m", "1").checksum
+
+
+# --- bytes ---
+
+
+async def test_a_transfer_that_breaks_goes_on_where_it_was(start: Start, network: Network) -> None:
+    one, two = await pair(start)
+    network.cut_after += [1000, 2000, 1]
+    data = bytes(range(256)) * 100
+    await one.store_bytes("m", "1", data)
+    await until(here(two))
+    assert network.fetched == [("rack-1", 0), ("rack-1", 1000), ("rack-1", 3000), ("rack-1", 3001)]
+    assert await content(two) == data
+
+
+async def content(rack: ReplicatingRack, model: str = "m", version: str = "1") -> bytes:
+    reply = await rack.call("getModel", {"modelId": model, "version": version})
+    return base64.b64decode(reply["modelData"])
+
+
+async def test_what_the_origin_cannot_give_comes_from_another_rack_that_holds_it(
+    start: Start, network: Network
+) -> None:
+    one = await start("rack-1", peers=("rack-2", "rack-3"), replication_factor=3)
+    two = await start("rack-2", peers=("rack-1",))
+    await one.store_bytes("m", "1", b"weights")
+    await until(here(two))
+    await rot(one, b"wrong!!")
+    three = await start("rack-3", peers=("rack-1", "rack-2"))
+    await until(here(three))
+    assert await content(three) == b"weights"
+    assert ("rack-2", 0) in network.fetched
+
+
+async def rot(rack: ReplicatingRack, data: bytes, model: str = "m", version: str = "1", *, found: bool = False) -> None:
+    """Spoil the bytes behind the rack's back; `found`: and have it look."""
+    entry = rack.registry.catalog.find(model, version)
+    assert entry is not None and isinstance(rack.store, MemoryStore)
+    for file in entry.files:
+        rack.store.blobs[file["key"]] = data
+    if found:
+        report = await rack.call("validateModel", {"modelId": model, "version": version, "waitMs": 5000})
+        assert report["isValid"] is False
+
+
+async def test_wrong_bytes_are_never_taken_for_a_copy(start: Start) -> None:
+    one, two = await pair(start)
+    await two.close()
+    await one.store_bytes("m", "1", b"weights")
+    await rot(one, b"wrong!!")
+    two = await start("rack-2", peers=("rack-1",))
+    await until(lambda: replication(two).puller.failing == 1)
+    with pytest.raises(ModelManagerError) as refused:
+        await two.call("getModel", {"modelId": "m", "version": "1"})
+    assert refused.value.code == "ERR_MODEL_NOT_FOUND"
+    details = refused.value.details
+    assert (details["state"], details["origin"], details["size"]) == ("pending", "rack-1", 7)
+    assert details["error"]["code"] == "ERR_CHECKSUM_MISMATCH"
+    blobs = two.store.blobs  # type: ignore[attr-defined]
+    assert not blobs
+    await rot(one, b"wrong!!", found=True)
+    await one.store_bytes("m", "1", b"weights")  # which mends it, and is a change of the version
+    await until(here(two))
+    assert await content(two) == b"weights"
+
+
+def replication(rack: ReplicatingRack) -> Replication:
+    assert rack.replication is not None
+    return rack.replication
+
+
+async def test_a_copy_that_goes_bad_is_brought_anew(start: Start) -> None:
+    one, two = await pair(start)
+    await one.store_bytes("m", "1", b"weights")
+    await until(here(two))
+    await rot(two, b"rotten!", found=True)
+    await until(lambda: not copy_of(two).quarantined if copy_of(two) else False)
+    assert await content(two) == b"weights"
+
+
+async def test_a_copy_that_was_found_bad_just_before_a_crash_is_brought_anew_after_it(start: Start) -> None:
+    one, two = await pair(start)
+    await one.store_bytes("m", "1", b"weights")
+    await until(here(two))
+    await two.stop_replicating()
+    await rot(two, b"rotten!", found=True)
+    await two.close()
+    two = await start("rack-2", peers=("rack-1",))
+    await until(lambda: copy_of(two) is not None and not copy_of(two).quarantined)
+    assert await content(two) == b"weights"
+
+
+async def test_files_that_versions_share_are_brought_once(start: Start, network: Network) -> None:
+    one, two = await pair(start)
+    await one.store_bytes("m", "1", b"weights")
+    await until(here(two))
+    await one.store_bytes("m", "2", b"weights")
+    await until(here(two, "m", "2"))
+    assert len(network.fetched) == 1
+    assert len(two.store.blobs) == 1  # type: ignore[attr-defined]
+
+
+async def test_a_rack_refuses_what_it_would_refuse_to_store(start: Start) -> None:
+    one = await start("rack-1", peers=("rack-2",), replication_factor=2, allow_pickle=True)
+    two = await start("rack-2", peers=("rack-1",), max_model_size=1000, formats=frozenset({"custom", "pytorch"}))
+    await one.store_bytes("large", "1", bytes(1001))
+    await one.store_bytes("unsafe", "1", pickle.dumps(object), type="pytorch")
+    await one.store_bytes("fine", "1", b"x")
+    await until(here(two, "fine", "1"))
+    await until(lambda: replication(two).puller.failing == 2)
+    codes = {model: replication(two).puller.state_of(model, "1")["error"]["code"] for model in ("large", "unsafe")}
+    assert codes == {"large": "ERR_MODEL_TOO_LARGE", "unsafe": "ERR_UNSAFE_MODEL"}
+    await two.clean_up.round()
+    assert len(two.store.blobs) == 1  # type: ignore[attr-defined]
+
+
+# --- ownership ---
+
+
+async def test_only_the_origin_changes_a_model(start: Start) -> None:
+    one, two = await pair(start)
+    await one.store_bytes("m", "1", b"a")
+    await one.call("setAlias", {"modelId": "m", "alias": "best", "version": "1"})
+    await until(here(two))
+    await until(is_level(two, one))
+    file = {"path": "f", "size": 1, "sha256": "sha256:" + "0" * 64}
+    version = {"modelId": "m", "version": "1"}
+    for method, params in {
+        "storeModel": {"modelId": "m", "metadata": {"type": "custom", "version": "2"}, "modelData": "YQ=="},
+        "updateModelMetadata": {**version, "metadata": {"x": 1}},
+        "deleteModel": {"modelId": "m"},
+        "restoreModel": version,
+        "setAlias": {"modelId": "m", "alias": "best", "version": "1"},
+        "deleteAlias": {"modelId": "m", "alias": "best"},
+        "replicateModel": {**version, "peers": ["rack-3"]},
+        "createUpload": {"modelId": "m", "version": "2", "files": [file]},
+    }.items():
+        head = two.registry.journal.head
+        with pytest.raises(ModelManagerError) as refused:
+            await two.call(method, params)
+        assert (refused.value.code, refused.value.details["origin"]) == ("ERR_NOT_ORIGIN", "rack-1"), method
+        assert two.registry.journal.head == head
+    assert (await two.call("validateModel", {**version, "waitMs": 5000}))["isValid"]
+
+
+async def test_a_rack_tells_others_of_its_own_models_only(start: Start) -> None:
+    one, two = await pair(start)
+    await one.store_bytes("m", "1", b"a")
+    await until(here(two))
+    await two.store_bytes("own", "1", b"b")
+    changes = (await two.call("getChanges", {"epoch": 1, "after": 0}))["changes"]
+    assert [change["subject"] for change in changes] == ["own"]
+
+
+async def test_latest_is_the_same_version_everywhere(start: Start, network: Network) -> None:
+    one, two = await pair(start)
+    await two.close()
+    for version in ("1", "2", "3"):
+        await one.store_bytes("m", version, version.encode())
+    await rot(one, b"?", "m", "2", found=True)  # so that it comes to rack-2 behind the others
+    two = await start("rack-2", peers=("rack-1",))
+    await until(here(two, "m", "1"))
+    await until(here(two, "m", "3"))
+    await one.store_bytes("m", "2", b"2")
+    await until(here(two, "m", "2"))
+    assert (await two.call("getModelMetadata", {"modelId": "m"}))["version"] == "3"
+    await one.call("deleteModel", {"modelId": "m", "version": "3"})
+    await until(is_level(two, one))
+    assert (await two.call("getModelMetadata", {"modelId": "m"}))["version"] == "2"
+
+
+# --- who was away ---
+
+
+async def test_a_rack_catches_up_with_what_it_missed(start: Start, network: Network) -> None:
+    one, two = await pair(start)
+    for model in ("kept", "deleted", "purged"):
+        await one.store_bytes(model, "1", model.encode())
+    for model in ("kept", "deleted", "purged"):
+        await until(here(two, model))
+    await two.close()
+    await one.call("deleteModel", {"modelId": "deleted"})
+    await one.call("deleteModel", {"modelId": "purged", "purge": True})
+    await one.store_bytes("new", "1", b"new")
+    await one.call("updateModelMetadata", {"modelId": "kept", "metadata": {"x": 1}})
+    network.calls.clear()
+    two = await start("rack-2", peers=("rack-1",))
+    await until(here(two, "new"))
+    await until(is_level(two, one))
+    assert ("rack-1", "listModels") not in network.calls, "the feed reaches back"
+    assert (await two.call("getModelMetadata", {"modelId": "kept"}))["metadata"]["x"] == 1
+    assert two.registry.catalog.find("purged", "1") is None
+    assert two.registry.catalog.find("deleted", "1").deleted_at is not None  # type: ignore[union-attr]
+
+
+async def test_a_pull_goes_on_after_a_restart(start: Start, network: Network) -> None:
+    one, two = await pair(start)
+    await two.close()
+    await one.store_bytes("m", "1", b"weights")
+    await rot(one, b"wrong!!")
+    two = await start("rack-2", peers=("rack-1",))
+    await until(lambda: replication(two).puller.failing == 1)
+    await two.close()
+    await rot(one, b"weights")
+    two = await start("rack-2")
+    await until(here(two))
+
+
+async def test_a_rack_that_is_named_need_not_know_who_names_it(start: Start) -> None:
+    two = await start("rack-2", peers=())
+    one = await start("rack-1", peers=())
+    await one.store_bytes("m", "1", b"weights")
+    await one.call("replicateModel", {"modelId": "m", "peers": ["rack-2"], "waitMs": 0})
+    await until(here(two))
+
+
+async def test_replicate_model_tells_when_the_copies_are_there(
+    start: Start, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = await pair(start)
+    await start("rack-3", peers=("rack-1",))
+    network.away.add("rack-4")
+    one.service.replicating.peers = NetworkPeers(network, "rack-1")
+    await one.store_bytes("m", "1", b"weights")
+    reply = await one.call("replicateModel", {"modelId": "m", "peers": ["rack-2", "rack-3"], "waitMs": 5000})
+    assert (reply["totalPeers"], reply["successfulReplications"], reply["failedReplications"]) == (2, 2, 0)
+    monkeypatch.setattr(replicating, "_QUIET_S", 0.2)
+    reply = await one.call("replicateModel", {"modelId": "m", "peers": ["rack-2", "rack-4"], "waitMs": 5000})
+    assert {each["peer"]: each["state"] for each in reply["results"]} == {"rack-2": "succeeded", "rack-4": "failed"}
+    assert "rack-4" in (await one.call("getModelMetadata", {"modelId": "m"}))["replicas"]

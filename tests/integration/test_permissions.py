@@ -26,15 +26,16 @@ from worker.client.client import ModelManagerClient
 from worker.client.hints import hints
 from worker.transport import topology
 from worker.transport.definitions import VHOST
-from worker.transport.roles import LOOKUPS, UPLOADS
+from worker.transport.roles import LOOKUPS, REPLICATION, UPLOADS
 
 CALLERS: dict[str, set[str]] = {
     "orchestrator": set(METHODS),
     "inference": set(LOOKUPS),
     "uploader": set(UPLOADS),
     "operator": set(METHODS),
+    "worker-rack-2": set(REPLICATION),
 }
-OUTSIDERS = ("worker-rack-1", "listener", "monitoring")
+OUTSIDERS = ("listener", "monitoring")
 METADATA = {"type": "custom"}
 
 
@@ -272,13 +273,31 @@ async def _consumers(broker: SecuredBroker, queue: str) -> int | None:
         return (await channel.queue_declare(queue, passive=True)).consumer_count
 
 
-async def test_a_worker_can_neither_call_nor_change_the_topology(broker: SecuredBroker) -> None:
+async def test_a_worker_can_neither_change_other_racks_nor_the_topology(broker: SecuredBroker) -> None:
     user, queue = "worker-rack-1", topology.request_queue("rack-1")
-    publish = {"exchange": topology.RPC_EXCHANGE, "routing_key": "rack-2.ping"}
+    publish = {"exchange": topology.RPC_EXCHANGE, "routing_key": "rack-2.storeModel"}
     assert await is_refused(broker, user, lambda c: c.basic_publish(b"{}", **publish))
     assert await is_refused(broker, user, lambda c: c.queue_delete(queue))
     assert await is_refused(broker, user, lambda c: c.queue_unbind(queue, topology.RPC_EXCHANGE, "rack-1.*"))
     assert await is_refused(broker, user, lambda c: c.exchange_delete(topology.HINT_EXCHANGE))
+
+
+def test_a_worker_holds_copies_of_other_racks_with_the_rights_it_has(
+    broker: SecuredBroker, worker: Service, tmp_path: Path
+) -> None:
+    async def replicate() -> Any:
+        async with client_of(broker, "orchestrator") as client:
+            await client.store_model("acme/copied", METADATA, model_data="AAEC")
+            return await client.outcome(await client.replicate_model("acme/copied", peers=["rack-2"]))
+
+    settings = {"rack": "rack-2", "amqp.url": broker.url("worker-rack-2"), "amqp.provision": False}
+    with Processes(tmp_path) as processes:
+        other = processes.start("worker", settings=settings).until_ready()
+        report = asyncio.run(replicate())
+        assert (report["successfulReplications"], report["failedReplications"]) == (1, 0)
+        content = other.send("GET", "/api/models/acme/copied/versions/1.0.0/content")
+        assert content.body == bytes([0, 1, 2])
+        assert other.stop() == 0
 
 
 # --- the others ---

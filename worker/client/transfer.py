@@ -91,20 +91,26 @@ async def with_attempts(attempt: Callable[[int], Awaitable[Result]]) -> Result:
     return await retrying(numbered)
 
 
-async def in_lanes(items: Iterable[Item], work: Callable[[Item], Awaitable[None]]) -> None:
-    """Do `work` on every item, four at a time. The first failure cancels the others and is raised."""
+async def in_lanes(items: Iterable[Item], work: Callable[[Item], Awaitable[None]], *, lanes: int = LANES) -> None:
+    """Do `work` on every item, some at a time. The first failure cancels the others and is raised."""
     remaining = iter(items)
 
     async def lane() -> None:
         for item in remaining:
             await work(item)
 
+    # Not a TaskGroup: one that is cancelled just when a task of it fails forgets the cancellation.
+    tasks = [asyncio.create_task(lane()) for _ in range(lanes)]
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(LANES):
-                group.create_task(lane())
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        failures = [task.exception() for task in tasks if not task.cancelled()]
+    for failure in failures:
+        if failure is not None:
+            raise failure
 
 
 def exact(url: str) -> URL:

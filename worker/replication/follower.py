@@ -9,22 +9,23 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 
 from schemas.errors import ModelManagerError
 from schemas.rpc import ListReply
 from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW
+from worker.client.transfer import in_lanes
 from worker.registry import Change, Registry
 from worker.replication.mirror import Mirror
 from worker.replication.peers import Gone, Peers, Told, ask
 
 _log = structlog.get_logger()
 
-_CHANGES_AT_ONCE = 100
+_CHANGES_AT_ONCE = 500
 _LISTED_AT_ONCE = 1000
 _MODELS_AT_ONCE = 16
 _PULLS_MOST = 10_000  # awaited, of all racks: each takes memory
@@ -33,13 +34,21 @@ _RECORD_S = 30.0
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 
-Item = TypeVar("Item")
-
 
 class Follower:
-    """Runs for the life of the process; wakes for the hints of `origin`, and every minute."""
+    """Runs for the life of the process; wakes for the hints of `origin`, and every minute. `changed` is told model and
+    version of each change it has looked at."""
 
-    def __init__(self, origin: str, rack: str, registry: Registry, mirror: Mirror, peers: Peers) -> None:
+    def __init__(
+        self,
+        origin: str,
+        rack: str,
+        registry: Registry,
+        mirror: Mirror,
+        peers: Peers,
+        *,
+        changed: Callable[[str, str], None],
+    ) -> None:
         self.origin = origin
         self.head = 0
         """The last sequence of that rack's journal that we know of."""
@@ -49,6 +58,7 @@ class Follower:
         self._registry = registry
         self._mirror = mirror
         self._peers = peers
+        self._changed = changed
         self._peer = peers.rack(origin)
         self._wake = asyncio.Event()
         cursor = registry.catalog.replicas.cursors.get(origin)
@@ -155,7 +165,7 @@ class Follower:
                 known = named.setdefault(model, {})
                 known.pop(version, None)
                 known[version] = purged
-        await self._for_each(list(named.items()), self._look_at)
+        await in_lanes(list(named.items()), self._look_at, lanes=_MODELS_AT_ONCE)
 
     def _concerned(self, change: Mapping[str, Any]) -> tuple[str, list[str], bool]:
         """The model, those of its named versions that are or should be here, and whether they were purged."""
@@ -181,6 +191,7 @@ class Follower:
                     await self._mirror.drop(self.origin, model, version, replace(told, purged=purged))
                 else:
                     await self._mirror.match(told)
+                self._changed(model, version)
         await self._room()
 
     def _pass_over(self, error: ModelManagerError, model: str, version: str) -> None:
@@ -188,21 +199,6 @@ class Follower:
         if error.code != "ERR_INTERNAL":
             raise error
         _log.error("version_not_followed", origin=self.origin, model=model, version=version, reason=error.message)
-
-    async def _for_each(self, items: Iterable[Item], work: Callable[[Item], Awaitable[None]]) -> None:
-        """Do `work` on every item, some at a time. The first failure ends it and is raised."""
-        remaining = iter(items)
-
-        async def lane() -> None:
-            for item in remaining:
-                await work(item)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(_MODELS_AT_ONCE):
-                    group.create_task(lane())
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
 
     async def _room(self) -> None:
         """Wait while too many versions are awaited."""
@@ -226,7 +222,7 @@ class Follower:
         cursor: str | None = None
         while True:
             page = await self._peer.list_models(limit=_LISTED_AT_ONCE, cursor=cursor)
-            await self._for_each(self._listed(page, seen, awaited), self._match)
+            await in_lanes(self._listed(page, seen, awaited), self._match, lanes=_MODELS_AT_ONCE)
             cursor = page.get("nextCursor")
             if cursor is None:
                 break
@@ -234,7 +230,8 @@ class Follower:
         rows = [row for row in catalog.replicas.rows[self.origin] if row < len(seen) and not seen[row]]
         left = [(table.model[row], table.version[row]) for row in rows if not table.state[row] & (DELETED | FORGOTTEN)]
         left += [(pull.model, pull.version) for pull in awaited.values()]
-        await self._for_each([(model, {version: False}) for model, version in left], self._look_at)
+        unlisted = [(model, {version: False}) for model, version in left]
+        await in_lanes(unlisted, self._look_at, lanes=_MODELS_AT_ONCE)
         self.head = ping["head"]
         self._place = (ping["epoch"], ping["head"])
         await self._record(due=time.monotonic())

@@ -37,7 +37,9 @@ _log = structlog.get_logger()
 _BROKEN_MOST = 5  # times in a row that a transfer breaks without a byte in between
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
-_REFUSED_PAUSE_S = 600.0  # after what this rack does not take, or what is wrong everywhere
+# After what this rack does not take, or what is wrong everywhere: its bytes may have come for nothing.
+_FIRST_REFUSED_PAUSE_S = 600.0
+_LONGEST_REFUSED_PAUSE_S = 86_400.0
 
 Refuse = Callable[[str, Sequence[StoredFile]], Awaitable[None]]
 
@@ -113,6 +115,14 @@ class Puller:
         if trial.error is not None:
             state["error"] = {"code": trial.error.code, "message": trial.error.message}
         return state
+
+    def hurry(self, model: str, version: str) -> None:
+        """The version has changed at its origin: what failed is tried again now."""
+        pull = self._registry.catalog.replicas.pull_of(model, version)
+        trial = None if pull is None else self._trials.get(pull.sequence)
+        if trial is not None and trial.due:
+            trial.failures, trial.due = 0, 0.0
+            self._wake.set()
 
     @property
     def failing(self) -> int:
@@ -215,8 +225,12 @@ class Puller:
             self._observe.pulled(pull.origin, None)
 
     def _fail(self, pull: Pull, trial: _Trial, error: ModelManagerError) -> None:
-        longest = _LONGEST_PAUSE_S if error.retryable else _REFUSED_PAUSE_S
-        pause = min(longest, _FIRST_PAUSE_S * 2 ** min(trial.failures, 16)) * random.uniform(0.5, 1)
+        first, longest = (
+            (_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+            if error.retryable
+            else (_FIRST_REFUSED_PAUSE_S, _LONGEST_REFUSED_PAUSE_S)
+        )
+        pause = min(longest, first * 2 ** min(trial.failures, 16)) * random.uniform(0.5, 1)
         trial.failures += 1
         trial.due = time.monotonic() + pause
         trial.error = error
@@ -244,7 +258,6 @@ class Puller:
         with pinned(self._registry) as pins:
             if entry is None or entry.quarantined:
                 files = await self._bring_files(pull, told, pins, trial)
-                await self._refuse(told.metadata.type, files)
             else:
                 files = list(entry.files)  # an earlier try came as far as that
             async with self._mirror.turn(pull.model):
@@ -271,22 +284,38 @@ class Puller:
         return None
 
     async def _bring_files(self, pull: Pull, told: Told, pins: Pins, trial: _Trial) -> list[StoredFile]:
-        """The files, with their bytes here and verified; from the first rack that can give them."""
+        """The files, with their bytes here and verified, if this rack takes what they hold."""
+        brought: dict[str, str] = {}
+        files = await self._from_any(pull, told, pins, brought, trial, share=True)
+        try:
+            await self._refuse(told.metadata.type, files)
+        except ModelManagerError:
+            if all(file["sha256"] in brought for file in files):
+                raise
+            # What was here already may have gone bad since, which nobody has noticed yet.
+            files = await self._from_any(pull, told, pins, brought, trial, share=False)
+            await self._refuse(told.metadata.type, files)
+        return files
+
+    async def _from_any(
+        self, pull: Pull, told: Told, pins: Pins, brought: dict[str, str], trial: _Trial, *, share: bool
+    ) -> list[StoredFile]:
+        """The files from the first rack that can give them; `brought` are storage keys by sha256: of what came from one
+        rack, no other is asked."""
         failure: ModelManagerError | None = None
-        brought: dict[str, str] = {}  # storage keys by sha256: of what one rack gave, no other is asked
         for rack in dict.fromkeys((pull.origin, *told.replicas)):
             if rack == self._policy.rack:
                 continue
             try:
-                return await self._bring_from(rack, pull, told, pins, brought, trial)
+                return await self._from(rack, pull, told, pins, brought, trial, share=share)
             except ModelManagerError as error:
                 failure = failure if failure is not None and not failure.retryable else error
                 _log.info("pull_source_failed", model=pull.model, version=pull.version, rack=rack, code=error.code)
         assert failure is not None, "a version has an origin"
         raise failure
 
-    async def _bring_from(
-        self, rack: str, pull: Pull, told: Told, pins: Pins, brought: dict[str, str], trial: _Trial
+    async def _from(
+        self, rack: str, pull: Pull, told: Told, pins: Pins, brought: dict[str, str], trial: _Trial, *, share: bool
     ) -> list[StoredFile]:
         reply = await self._peers.rack(rack).get_model(pull.model, pull.version, delivery="url")
         files = checked_files(reply)
@@ -296,7 +325,7 @@ class Puller:
         stored: list[StoredFile] = []
         for file in files:
             sha256 = hex_of(file["checksum"])
-            key = brought.get(sha256) or await pins.stored(sha256)
+            key = brought.get(sha256) or (await pins.stored(sha256) if share else None)
             if key is None:
                 key = pins.new(self._store.new_key())
                 chunks = _Download(self._peers, rack, reply, file, trial, self._observe).chunks()
@@ -309,7 +338,7 @@ class Puller:
                         sha256=sha256,
                         max_size=self._policy.max_model_size,
                     )
-            brought[sha256] = key
+                brought[sha256] = key
             stored.append(
                 {
                     "path": file["path"],

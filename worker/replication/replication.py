@@ -32,6 +32,8 @@ _log = structlog.get_logger()
 
 _FOLLOWED_MOST = 256
 _LONGEST_PAUSE_S = 30.0
+# Hints that do not say which racks they concern.
+_ABOUT_ANY = ("model-manager.head", "model-manager.alias.changed")
 _rack = re.compile(RACK_PATTERN)
 
 Hear = Callable[[], AbstractAsyncContextManager[AsyncIterator[Hint]]]
@@ -105,7 +107,9 @@ class Replication:
     def _follow(self, rack: str) -> Follower | None:
         follower = self.followers.get(rack)
         if follower is None and rack != self._policy.rack and len(self.followers) < _FOLLOWED_MOST:
-            follower = Follower(rack, self._policy.rack, self._registry, self.mirror, self._peers)
+            follower = Follower(
+                rack, self._policy.rack, self._registry, self.mirror, self._peers, changed=self.puller.hurry
+            )
             self.followers[rack] = follower
             self._begin(follower.run(), f"follower of {rack}")
         return follower
@@ -131,7 +135,7 @@ class Replication:
     def _take(self, hint: Hint) -> None:
         """Wake the follower of the rack that tells. What is no hint of a rack is passed over."""
         try:
-            rack = hint["source"].removeprefix("/racks/")
+            rack, kind = hint["source"].removeprefix("/racks/"), hint["type"]
             epoch, sequence = int(hint["rackepoch"]), int(hint["rackseq"])
             named = self._policy.rack in hint["data"].get("replicas", ())
         except (KeyError, TypeError, ValueError, AttributeError):
@@ -139,7 +143,8 @@ class Replication:
         if _rack.fullmatch(rack) is None:
             return
         follower = self._follow(rack) if named else self.followers.get(rack)
-        if follower is not None:
+        # What a busy rack tells of its other models can wait until it tells its head.
+        if follower is not None and (named or kind in _ABOUT_ANY):
             follower.hear(epoch, sequence)
 
 
