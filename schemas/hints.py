@@ -71,7 +71,8 @@ def hint_of(op: str, record: dict[str, Any], *, rack: str, epoch: int, sequence:
             kind, data = "version.stored", _version_data(record)
         case "update":
             kind, data = "version.updated", {**_version_data(record), "revision": record["revision"]}
-            data["state"] = record["state"]
+            disputed = "conflict" in record and record["state"] == "available"
+            data["state"] = "conflict" if disputed else record["state"]
         case "delete" | "restore":
             kind = "version.deleted" if op == "delete" else "version.restored"
             data = {"replicas": record["replicas"]}

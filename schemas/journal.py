@@ -68,7 +68,8 @@ class UpdateRecord(Record):
     """op `update`: the metadata, the replicas or the state of a version changed; all of them as they are now.
 
     `wrong` are the storage keys of its blobs, now or before, that were found gone or not what was stored. `moved` are
-    the bytes that were stored again, under other keys than the `store` record's; perhaps by an `upload`.
+    the bytes that were stored again, under other keys than the `store` record's; perhaps by an `upload`. `conflict` is
+    the rack that stored a model with that id before.
     """
 
     model: str
@@ -83,6 +84,7 @@ class UpdateRecord(Record):
     created: int
     origin: NotRequired[str]
     since: NotRequired[int]
+    conflict: NotRequired[str]
     wrong: NotRequired[list[str]]
     moved: NotRequired[list[Blob]]
     upload: NotRequired[str]
@@ -180,6 +182,7 @@ class PullBeginRecord(Record):
     origin: str
     checksum: str
     size: int
+    since: int
     replicas: list[str]
 
 

@@ -115,6 +115,7 @@ RECORD_EXAMPLES: dict[str, JSON] = {
         "origin": "rack-2",
         "checksum": sha256_of(b"words"),
         "size": 5,
+        "since": START_MS,
         "replicas": [RACK],
         "replicaOf": "rack-2",
     },

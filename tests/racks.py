@@ -15,6 +15,7 @@ from schemas.hints import Hint
 from tests.rack import LocalRack
 from worker.announcer import Announcer
 from worker.client.client import ModelManagerClient
+from worker.replication.follower import Follower
 from worker.replication.puller import PullObserver
 from worker.replication.replication import Replication
 from worker.storage.memory import MemoryStore
@@ -147,6 +148,9 @@ class ReplicatingRack(LocalRack):
     def start(self) -> None:
         assert self.replication is not None
         self._task = asyncio.create_task(self.replication.run())
+
+    def following(self) -> list[Follower]:
+        return [] if self.replication is None else list(self.replication.followers.values())
 
     def check(self) -> None:
         """Raises what ended its replication, if anything has."""

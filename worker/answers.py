@@ -79,7 +79,7 @@ def _update_reply(record: Any, catalog: Catalog) -> MetadataReply:
         "aliases": record["aliases"],
         "origin": record.get("origin", "" if entry is None else entry.origin),
         "replicas": record["replicas"],
-        "state": record["state"],
+        "state": "conflict" if "conflict" in record and record["state"] == "available" else record["state"],
         "createdAt": timestamp(record["created"]),
         "modelCreatedAt": timestamp(record.get("since", record["created"])),
     }

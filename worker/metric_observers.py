@@ -309,7 +309,7 @@ class ReplicationMetrics(PullObserver):
         self._copies = objects.gauge("replication_copies", "Versions of other racks that are here.")
         self._pending = objects.gauge("replication_pending", "Versions of other racks that are awaited.")
         self._failing = objects.gauge("replication_failing", "Those of them whose last try failed.")
-        self._conflicts = objects.gauge("replication_conflicts", "Models whose id another rack had taken before.")
+        self._conflicts = objects.gauge("replication_conflicts", "Own versions of models another rack stored first.")
         self._codes = Values((*ERRORS, "ok"))
         self._racks = Values((), room=256)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from schemas.errors import ModelManagerError
+from schemas.hints import head_hint
 from tests.racks import Network, NetworkPeers, ReplicatingRack, until
 from worker.replication.replication import Replication
 from worker.service import replicating
@@ -366,3 +368,75 @@ async def test_replicate_model_tells_when_the_copies_are_there(
     reply = await one.call("replicateModel", {"modelId": "m", "peers": ["rack-2", "rack-4"], "waitMs": 5000})
     assert {each["peer"]: each["state"] for each in reply["results"]} == {"rack-2": "succeeded", "rack-4": "failed"}
     assert "rack-4" in (await one.call("getModelMetadata", {"modelId": "m"}))["replicas"]
+
+
+# --- one id, two racks ---
+
+
+async def apart(start: Start, network: Network) -> tuple[ReplicatingRack, ReplicatingRack]:
+    """Two racks that store the same id while they cannot hear each other; the first rack does first."""
+    one, two = await pair(start)
+    network.away.add("rack-2")
+    await one.store_bytes("m", "1", b"first")
+    await asyncio.sleep(0.002)
+    await two.store_bytes("m", "1", b"second")
+    network.away.clear()
+    tell_heads(network, one, two)
+    return one, two
+
+
+def tell_heads(network: Network, *racks: ReplicatingRack) -> None:
+    for rack in racks:
+        journal = rack.registry.journal
+        network.tell(head_hint(rack=rack.name, epoch=journal.epoch, head=journal.head, time_ms=0))
+
+
+async def state_of(rack: ReplicatingRack, model: str = "m", version: str = "1") -> str:
+    return str((await rack.call("getModelMetadata", {"modelId": model, "version": version}))["state"])
+
+
+async def test_of_two_models_with_one_id_the_later_one_is_marked_and_kept(start: Start, network: Network) -> None:
+    one, two = await apart(start, network)
+    await until(lambda: two.registry.catalog.find("m", "1").state == "conflict")  # type: ignore[union-attr]
+    assert (await content(one), await content(two)) == (b"first", b"second")
+    assert await state_of(one) == "available"
+    assert replication(two).state()["conflicts"] == 1 and replication(one).state()["conflicts"] == 0
+    with pytest.raises(ModelManagerError) as refused:
+        await two.store_bytes("m", "2", b"more")
+    assert (refused.value.code, refused.value.details["origin"]) == ("ERR_CONFLICT", "rack-1")
+    assert not (await two.store_bytes("m", "1", b"second"))["created"]
+    await one.store_bytes("m", "2", b"more")
+
+
+async def test_a_third_rack_holds_the_first_one_whichever_it_hears_of_first(start: Start, network: Network) -> None:
+    one, two = await apart(start, network)
+    network.away.add("rack-1")
+    three = await start("rack-3", peers=("rack-1", "rack-2"))
+    await two.call("replicateModel", {"modelId": "m", "peers": ["rack-3"], "waitMs": 0})
+    await until(here(three))
+    assert await content(three) == b"second"
+    network.away.clear()
+    await one.call("replicateModel", {"modelId": "m", "peers": ["rack-3"], "waitMs": 0})
+    await until(lambda: here(three)() and copy_of(three).replica_of == "rack-1")
+    assert await content(three) == b"first"
+    await two.call("updateModelMetadata", {"modelId": "m", "metadata": {"x": 1}})
+    await until(is_level(three, two))
+    assert await content(three) == b"first"
+
+
+async def test_a_marked_model_that_is_purged_makes_room_for_a_copy(start: Start, network: Network) -> None:
+    _, two = await apart(start, network)
+    await until(lambda: two.registry.catalog.find("m", "1").state == "conflict")  # type: ignore[union-attr]
+    await two.call("deleteModel", {"modelId": "m", "purge": True})
+    await until(here(two))
+    assert await content(two) == b"first"
+
+
+async def test_a_conflict_is_over_when_the_first_one_is_deleted(start: Start, network: Network) -> None:
+    one, two = await apart(start, network)
+    await until(lambda: two.registry.catalog.find("m", "1").state == "conflict")  # type: ignore[union-attr]
+    await one.call("deleteModel", {"modelId": "m"})
+    await until(lambda: two.registry.catalog.find("m", "1").state == "available")  # type: ignore[union-attr]
+    await two.store_bytes("m", "2", b"more")
+    await one.call("restoreModel", {"modelId": "m"})
+    await until(lambda: two.registry.catalog.find("m", "2").state == "conflict")  # type: ignore[union-attr]

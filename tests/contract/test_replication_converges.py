@@ -25,6 +25,7 @@ from worker.storage.memory import MemoryStore
 from worker.upkeep.restore import restore
 
 NAMES = ("rack-1", "rack-2", "rack-3")
+MODELS = (*(f"{name}-{model}" for name in NAMES for model in ("a", "b")), "common")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ STEPS = st.lists(
             + ["away", "back", "back", "deaf", "cut", "wait", "wait", "crash", "compact", "copy", "go back"]
         ),
         st.sampled_from(NAMES),
-        st.sampled_from(["a", "b"]),
+        st.sampled_from(["a", "b", "c"]),
         st.sampled_from(["1", "2", "3"]),
         st.integers(0, 3),
     ),
@@ -54,8 +55,13 @@ STEPS = st.lists(
 )
 
 
+def model_of(step: Step) -> str:
+    """What racks store is named after them, but for one model that several may store."""
+    return "common" if step.model == "c" else f"{step.rack}-{step.model}"
+
+
 class World:
-    """Three racks; what they own is named after them."""
+    """Three racks that replicate to each other."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -80,7 +86,7 @@ class World:
 
     async def take(self, step: Step) -> None:
         rack = self.racks[step.rack]
-        version: dict[str, Any] = {"modelId": f"{step.rack}-{step.model}", "version": step.version}
+        version: dict[str, Any] = {"modelId": model_of(step), "version": step.version}
         alias = {"modelId": version["modelId"], "alias": f"alias-{step.number}"}
         calls: dict[str, tuple[str, dict[str, Any]]] = {
             "update": ("updateModelMetadata", {**version, "metadata": {"note": step.number, "tags": ["x"]}}),
@@ -98,9 +104,9 @@ class World:
             case "rot":  # of whatever the rack holds: its own, or copies
                 for key in list(self.stores[step.rack].blobs)[: step.number]:
                     self.stores[step.rack].blobs[key] = b"rotten"
-                for owner in NAMES:
-                    named = {"modelId": f"{owner}-{step.model}", "version": step.version, "waitMs": 5000}
-                    if rack.registry.catalog.find(named["modelId"], step.version) is not None:
+                for model in MODELS:
+                    if rack.registry.catalog.find(model, step.version) is not None:
+                        named = {"modelId": model, "version": step.version, "waitMs": 5000}
                         await rack.call("validateModel", named)
             case "away" | "back" | "deaf" | "cut":
                 self._disturb(step)
@@ -143,11 +149,11 @@ class World:
         self.network.away.clear()
         self.network.cut_after.clear()
         self.network.lost_hints = 0
-        for name, rack in self.racks.items():
-            for (model, version), _ in [each for origin in NAMES for each in told_by(rack, origin)]:
+        for rack in self.racks.values():
+            for model, version in told_by(rack):
                 await rack.call("validateModel", {"modelId": model, "version": version, "waitMs": 5000})
-            for (model, version), _ in told_by(rack, name):
-                for number in range(4):
+            for (model, version), told in told_by(rack).items():
+                for number in range(4 if told["origin"] == rack.name else 0):
                     try:
                         await rack.store_bytes(model, version, bytes([number]) * 100)
                     except ModelManagerError as error:
@@ -155,36 +161,75 @@ class World:
         for name, rack in self.racks.items():
             journal = rack.registry.journal
             self.network.tell(head_hint(rack=name, epoch=journal.epoch, head=journal.head, time_ms=0))
+            if self.racks_own_common():
+                for follower in rack.following():  # which versions were refused is not remembered over a crash
+                    follower.compare()
+
+    def racks_own_common(self) -> list[str]:
+        """The racks that have stored the model that each may store."""
+        owners = [(rack, rack.registry.catalog.newest("common")) for rack in self.racks.values()]
+        return [rack.name for rack, newest in owners if newest is not None and newest.replica_of is None]
 
     def differences(self) -> list[str]:
         """What is still missing or wrong, if anything."""
         found: list[str] = []
+        told = {name: told_by(rack) for name, rack in self.racks.items()}
         for name, rack in self.racks.items():
             rack.check()
-            for origin in NAMES:
-                if origin == name:
-                    continue
-                expected = {key: told for key, told in told_by(self.racks[origin], origin) if name in told["replicas"]}
-                held = dict(told_by(rack, origin))
-                if held != expected:
-                    found.append(f"{name} of {origin}: {held} is not {expected}")
+            owned = {model for (model, _), each in told[name].items() if each["origin"] == name}
+            if name in self.racks_own_common():
+                owned.add("common")  # its deleted versions may be restored
+            expected = self._named(name, told, owned)
+            held = {key: each for key, each in told[name].items() if each["origin"] != name}
+            if held != expected:
+                found.append(f"{name}: {held} is not {expected}")
             if rack.registry.catalog.replicas.awaited:
                 found.append(f"{name} awaits {[pull.version for pull in rack.registry.catalog.replicas.pulls()]}")
+            found += self._disputes(name, told)
         return found
 
+    def _named(self, name: str, told: Told, owned: set[str]) -> dict[tuple[str, str], dict[str, Any]]:
+        """What the rack should hold: of a model that several racks stored, the versions of the first one."""
+        named: dict[str, dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]]] = {}
+        for origin in NAMES:
+            for (model, version), each in told[origin].items():
+                if each["origin"] == origin != name and name in each["replicas"] and model not in owned:
+                    claims = named.setdefault(model, {})
+                    claims.setdefault((each["modelCreatedAt"], origin), {})[model, version] = each
+        expected = {key: each for claims in named.values() for key, each in claims[min(claims)].items()}
+        return {key: {**each, "state": "available"} for key, each in expected.items()}
 
-def told_by(rack: ReplicatingRack, origin: str) -> list[tuple[tuple[str, str], dict[str, Any]]]:
-    """What the rack tells of the origin's visible versions, but for where it keeps them."""
+    def _disputes(self, name: str, told: Told) -> list[str]:
+        """Own versions that are marked and should not be, or the other way round."""
+        claims = {
+            each["modelCreatedAt"]: origin
+            for origin in NAMES
+            for (model, _), each in sorted(told[origin].items())
+            if model == "common" and each["origin"] == origin
+        }
+        first = claims[min(claims)] if claims else None
+        return [
+            f"{name}: {key} is {each['state']}, {first} was first"
+            for key, each in told[name].items()
+            if each["origin"] == name and (each["state"] == "conflict") != (key[0] == "common" and first != name)
+        ]
+
+
+Told = dict[str, dict[tuple[str, str], dict[str, Any]]]  # by rack, and by model and version
+
+
+def told_by(rack: ReplicatingRack) -> dict[tuple[str, str], dict[str, Any]]:
+    """What the rack tells of the visible versions, but for where it keeps them."""
     catalog = rack.registry.catalog
-    told = []
-    for model in (f"{origin}-a", f"{origin}-b"):
+    told = {}
+    for model in MODELS:
         for version in ("1", "2", "3"):
             entry = catalog.find(model, version)
             if entry is None or entry.deleted_at is not None:
                 continue
             reply: dict[str, Any] = {**entry.described(catalog.aliases_of(entry))}
             reply["files"] = [{**file, "storageKey": ""} for file in reply["files"]]
-            told.append(((model, version), reply))
+            told[model, version] = reply
     return told
 
 

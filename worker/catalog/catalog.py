@@ -28,7 +28,7 @@ from worker.catalog.order import Order, Rows
 from worker.catalog.records import AppendedEntry, IndexedBlock, IndexedLine, IndexedRecord, IndexedRequest
 from worker.catalog.replicas import Replicas
 from worker.catalog.requests import RememberedRequest, RememberedRequests
-from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW, QUARANTINED, REPLICA, VersionTable
+from worker.catalog.table import DELETED, DISPUTED, FORGOTTEN, NO_ROW, QUARANTINED, REPLICA, VersionTable
 from worker.catalog.versions import Versions
 from worker.catalog.work import Work
 
@@ -170,7 +170,7 @@ class Catalog:
         row = self.table.newest(model_id)
         if row != NO_ROW:
             return self.replicas.owner_of(row) if self.table.state[row] & REPLICA else None
-        return self.replicas.awaited_from(model_id)
+        return next((pull.origin for pull in self.replicas.pulls_of(model_id)), None)
 
     def check_own(self, model_id: str) -> None:
         """ERR_NOT_ORIGIN if the model is known to be another rack's: only that one changes it."""
@@ -180,10 +180,10 @@ class Catalog:
                 "ERR_NOT_ORIGIN", f"{model_id} belongs to {origin}; here is a copy.", modelId=model_id, origin=origin
             )
 
-    def since(self, model_id: str) -> int | None:
-        """When the model's first version was stored (unix ms); None if there is no version."""
+    def newest(self, model_id: str) -> VersionEntry | None:
+        """The version stored last of the model with this id in any case, deleted ones included."""
         row = self.table.newest(model_id)
-        return None if row == NO_ROW else self.entry(row).since
+        return None if row == NO_ROW else self.entry(row)
 
     def entry(self, row: int, *, wait: bool = False) -> VersionEntry:
         """The version in a row that is there."""
@@ -325,10 +325,11 @@ class Catalog:
         if row != NO_ROW:
             table = self.table
             table.updated[row] = sequence
+            table.state[row] &= ~(QUARANTINED | DISPUTED)
             if record["state"] == "quarantined":
                 table.state[row] |= QUARANTINED
-            else:
-                table.state[row] &= ~QUARANTINED
+            if "conflict" in record:
+                table.state[row] |= DISPUTED
             self._entries.drop(row)
             self._tag(row, record["metadata"])
             self.blobs.note(row, record.get("wrong", ()), record.get("moved", ()))

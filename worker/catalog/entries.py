@@ -31,6 +31,7 @@ class VersionEntry(msgspec.Struct, frozen=True, gc=False):
 
     `wrong` and `moved` are those of the last `update` record; `files` says where the bytes lie now. `since` is when the
     model's first version was stored. `replica_of` is the rack that owns the model, if that is another one: `origin`.
+    `conflict` is another rack that owns a model with that id, and stored it first.
     `deleted_at` is set from a delete until a restore or the end of the undo window, at which the entry goes.
     """
 
@@ -47,6 +48,7 @@ class VersionEntry(msgspec.Struct, frozen=True, gc=False):
     sequence: int
     since: int = 0
     replica_of: str | None = None
+    conflict: str | None = None
     revision: int = 1
     quarantined: bool = False
     wrong: tuple[str, ...] = ()
@@ -75,6 +77,7 @@ class VersionEntry(msgspec.Struct, frozen=True, gc=False):
             sequence=sequence,
             since=store.get("since", store["created"]),
             replica_of=store.get("replicaOf"),
+            conflict=None if update is None else update.get("conflict"),
             revision=store.get("revision", 1) if update is None else update["revision"],
             quarantined=update is not None and update["state"] == "quarantined",
             wrong=() if update is None else tuple(update.get("wrong", ())),
@@ -87,7 +90,9 @@ class VersionEntry(msgspec.Struct, frozen=True, gc=False):
     def state(self) -> State:
         if self.deleted_at is not None:
             return "deleted"
-        return "quarantined" if self.quarantined else "available"
+        if self.quarantined:
+            return "quarantined"
+        return "available" if self.conflict is None else "conflict"
 
     def file_views(self) -> list[File]:
         return [file_view(file) for file in self.files]

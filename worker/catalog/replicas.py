@@ -13,13 +13,14 @@ from typing import Any
 @dataclass(frozen=True, slots=True)
 class Pull:
     """A version whose bytes are to be brought here, from its origin or another rack that holds it. `checksum` is sha256
-    in hex, `size` in bytes, `sequence` is its record's."""
+    in hex, `size` in bytes, `since` when the model's first version was stored, `sequence` its record's."""
 
     model: str
     version: str
     origin: str
     checksum: str
     size: int
+    since: int
     replicas: tuple[str, ...]
     sequence: int
 
@@ -53,10 +54,9 @@ class Replicas:
         pull = self._pulls.get(model.lower(), {}).get(version)
         return None if pull is None or pull.model != model else pull
 
-    def awaited_from(self, model: str) -> str | None:
-        """The rack from which a version of the model with this id in any case is to be brought."""
-        pulls = self._pulls.get(model.lower())
-        return None if pulls is None else next(iter(pulls.values())).origin
+    def pulls_of(self, model: str) -> list[Pull]:
+        """Those of the model with this id in any case."""
+        return list(self._pulls.get(model.lower(), {}).values())
 
     def owner_of(self, row: int) -> str | None:
         """The rack whose version is in the row; None if it is our own."""
@@ -76,6 +76,7 @@ class Replicas:
                 origin=record["origin"],
                 checksum=record["checksum"],
                 size=record["size"],
+                since=record["since"],
                 replicas=tuple(record["replicas"]),
                 sequence=sequence,
             )

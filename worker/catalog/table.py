@@ -17,7 +17,7 @@ import numpy as np
 from worker.catalog.records import IndexedRecord
 
 NO_ROW = 0xFFFF_FFFF
-QUARANTINED, DELETED, FORGOTTEN, REPLICA = 1, 2, 4, 8
+QUARANTINED, DELETED, FORGOTTEN, REPLICA, DISPUTED = 1, 2, 4, 8, 16
 _HIDDEN = DELETED | FORGOTTEN
 _MIX = 0x1E37_79B9_7F4A_7C15
 _WALKED = 16  # versions of one model that are compared one by one
@@ -241,6 +241,12 @@ class VersionTable:
     def count_visible_of(self, rows: array[int]) -> int:
         """How many of these rows are visible."""
         return int(np.count_nonzero(self.visible()[np.frombuffer(rows.tobytes(), np.uint32)]))
+
+    def rows_with(self, state: int) -> list[int]:
+        """The rows that are there, deleted or not, and have all of these bits."""
+        states = np.frombuffer(bytes(self.state), np.uint8)
+        rows: list[int] = np.flatnonzero(states & (state | FORGOTTEN) == state).tolist()
+        return rows
 
     def column(self, name: str) -> np.ndarray[Any, Any]:
         """A copy of `type`, `size` or `created`."""

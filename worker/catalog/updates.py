@@ -26,12 +26,12 @@ def update_record(catalog: Catalog, entry: VersionEntry, **changed: Any) -> dict
         "created": entry.created,
         "origin": entry.origin,
         "since": entry.since,
+        "conflict": entry.conflict,
+        "replicaOf": entry.replica_of,
         **{name: blobs for name, blobs in known.items() if blobs},
         **changed,
     }
-    if entry.replica_of is not None:
-        record["replicaOf"] = entry.replica_of
-    return record
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def moved_record(catalog: Catalog, entry: VersionEntry, files: Sequence[StoredFile]) -> dict[str, Any]:

@@ -11,13 +11,15 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
 
 from schemas.errors import ModelManagerError
+from schemas.ids import LATEST
 from schemas.rpc import ListReply
-from worker.catalog.table import DELETED, FORGOTTEN, NO_ROW
+from worker.catalog.table import DELETED, DISPUTED, FORGOTTEN, NO_ROW
 from worker.client.transfer import in_lanes
 from worker.registry import Change, Registry
 from worker.replication.mirror import Mirror
@@ -88,6 +90,11 @@ class Follower:
 
     def wake(self) -> None:
         """Hints may have been lost."""
+        self._wake.set()
+
+    def compare(self) -> None:
+        """Compare all: something here stood in the way of its models, and is gone."""
+        self._place = None
         self._wake.set()
 
     async def run(self) -> None:
@@ -174,7 +181,7 @@ class Follower:
             named = [data["previous"], data["version"]] if self._mirror.holds(self.origin, model) else []
             return model, [version for version in reversed(named) if version is not None], False
         named = data.get("versions") or [data["version"]]
-        if self._rack not in data.get("replicas", ()):
+        if self._rack not in data.get("replicas", ()) and not self._mirror.owns(model):
             named = [version for version in named if self._mirror.concerns(self.origin, model, version)]
         return model, named, kind == "model-manager.version.deleted" and "restorableUntil" not in data
 
@@ -189,10 +196,20 @@ class Follower:
                     continue
                 if isinstance(told, Gone):
                     await self._mirror.drop(self.origin, model, version, replace(told, purged=purged))
+                    await self._settle(model)
                 else:
                     await self._mirror.match(told)
                 self._changed(model, version)
         await self._room()
+
+    async def _settle(self, model: str) -> None:
+        """End a conflict about one of our models, if that rack has none with its id any more. In the model's turn."""
+        newest = await self._registry.look(lambda: self._registry.catalog.newest(model))
+        if newest is None or newest.conflict != self.origin:
+            return
+        if isinstance(await ask(self._peers, self.origin, model, LATEST), Gone):
+            await self._mirror.settle(self.origin, model)
+            _log.info("model_conflict_over", model=newest.model, rack=self.origin)
 
     def _pass_over(self, error: ModelManagerError, model: str, version: str) -> None:
         """One version that cannot be told, or not be understood, does not hold up the others; raises other errors."""
@@ -230,12 +247,23 @@ class Follower:
         rows = [row for row in catalog.replicas.rows[self.origin] if row < len(seen) and not seen[row]]
         left = [(table.model[row], table.version[row]) for row in rows if not table.state[row] & (DELETED | FORGOTTEN)]
         left += [(pull.model, pull.version) for pull in awaited.values()]
+        left += await self._disputed()
         unlisted = [(model, {version: False}) for model, version in left]
         await in_lanes(unlisted, self._look_at, lanes=_MODELS_AT_ONCE)
         self.head = ping["head"]
         self._place = (ping["epoch"], ping["head"])
         await self._record(due=time.monotonic())
         return self._place
+
+    async def _disputed(self) -> list[tuple[str, str]]:
+        """Model and version of ours that this rack disputes, or has disputed."""
+        catalog = self._registry.catalog
+        found = []
+        for row in catalog.table.rows_with(DISPUTED):
+            entry = await self._registry.look(partial(catalog.entry, row))
+            if entry.conflict == self.origin:
+                found.append((entry.model, entry.version))
+        return found
 
     def _listed(self, page: ListReply, seen: bytearray, awaited: dict[int, Any]) -> list[Told]:
         """What of a page concerns this rack; it is noted in `seen` by row, and taken out of `awaited`."""
@@ -251,7 +279,8 @@ class Follower:
             pull = catalog.replicas.pull_of(model, version)
             if pull is not None:
                 awaited.pop(pull.sequence, None)
-            if self._rack in entry["replicas"] or self._mirror.concerns(self.origin, model, version):
+            named = self._rack in entry["replicas"] or self._mirror.owns(model)
+            if named or self._mirror.concerns(self.origin, model, version):
                 try:
                     concerned.append(Told.of(entry))
                 except ModelManagerError as error:

@@ -19,6 +19,7 @@ from schemas.journal import StoredFile, StoreRecord
 from worker.cache import ModelCache
 from worker.catalog.entries import VersionEntry
 from worker.catalog.replicas import Pull
+from worker.catalog.table import NO_ROW
 from worker.catalog.updates import moved_record, update_record
 from worker.journal import Entry
 from worker.policy import Policy
@@ -36,8 +37,8 @@ class Mirror:
         self._policy = policy
         self._cache = cache
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self.conflicts: dict[str, str] = {}
-        """Models of other racks that cannot be copied, and the rack that wants it: the id is taken."""
+        self.refused: dict[str, str] = {}
+        """Models, in lower case, whose id is taken here; and the rack whose model should be here all the same."""
 
     def turn(self, model: str) -> asyncio.Lock:
         """To be held from a question about the model to the records that follow from its answer."""
@@ -51,6 +52,11 @@ class Mirror:
     def holds(self, origin: str, model: str) -> bool:
         return self._registry.catalog.origin_of(model) == origin
 
+    def owns(self, model: str) -> bool:
+        """Whether a model with that id, in any case, is this rack's own."""
+        catalog = self._registry.catalog
+        return catalog.table.newest(model) != NO_ROW and catalog.origin_of(model) is None
+
     # --- what the origin tells ---
 
     async def match(self, told: Told) -> None:
@@ -63,15 +69,27 @@ class Mirror:
 
     async def _converge(self, model: str, decide: Callable[[], Change | None]) -> None:
         while isinstance(entry := await self._registry.transact(model.lower(), decide), Entry):
+            record = entry.record
             if entry.op == "delete":
-                for version in entry.record["versions"]:
+                for version in record["versions"]:
                     self._cache.forget(model, version)
+            if entry.op == "update" and "conflict" in record and "replicaOf" not in record:
+                _log.error("model_conflict", model=model, version=record["version"], stored_first_by=record["conflict"])
 
     def _next(self, told: Told) -> Change | None:
         """The next record towards what was told; None if there is no difference left."""
         model, version, origin = told.model_id, told.version, told.origin
         catalog = self._registry.catalog
-        if self._policy.rack not in told.replicas or self._is_taken(told):
+        named = self._policy.rack in told.replicas
+        if named or self.owns(model):
+            rival = self._next_of_rivals(told)
+            if rival is not None:
+                return rival
+        claim = self._claim(model)
+        taken = claim is not None and claim[1] != origin
+        if taken and named:
+            self.refused[model.lower()] = origin
+        if taken or not named:
             return self._next_of_gone(origin, model, version, Gone())
         entry = catalog.find(model, version)
         if entry is not None and entry.checksum != told.sha256:  # purged there, and stored anew
@@ -88,6 +106,47 @@ class Mirror:
             changed = {"revision": told.revision, "metadata": metadata, "replicas": told.replicas}
             return Change("update", update_record(catalog, entry, **changed))
         return self._next_alias(entry, told)
+
+    def _claim(self, model: str) -> tuple[int, str] | None:
+        """Since when a model with that id, in any case, is whose here; None if nobody's. The least is the right one: it
+        was stored first. A copy that is deleted claims nothing."""
+        catalog = self._registry.catalog
+        for row in catalog.table.rows(model):
+            entry = catalog.entry(row)
+            if entry.replica_of is None or entry.deleted_at is None:
+                return entry.since, entry.replica_of or self._policy.rack
+        return next(((pull.since, pull.origin) for pull in catalog.replicas.pulls_of(model)), None)
+
+    def _next_of_rivals(self, told: Told) -> Change | None:
+        """What makes room for a model that was stored before the one with its id here: our own is marked, copies go."""
+        catalog, origin = self._registry.catalog, told.origin
+        claim = self._claim(told.model_id)
+        if claim is not None and claim[1] != origin and claim < (told.since_ms, origin):
+            return None
+        if catalog.origin_of(told.model_id) != origin:  # all versions of a model are one rack's
+            for row in catalog.table.rows(told.model_id):
+                entry = catalog.entry(row)
+                if entry.replica_of is not None:
+                    return Change("delete", self._deletion(entry, Gone(purged=True)))
+                if entry.conflict is None:
+                    return Change("update", update_record(catalog, entry, conflict=origin))
+        for pull in catalog.replicas.pulls_of(told.model_id):
+            if pull.origin != origin:
+                return Change("pull.end", _end_of(pull))
+        return None
+
+    async def settle(self, rival: str, model: str) -> None:
+        """That rack has no such model any more: nobody disputes ours."""
+
+        def decide() -> Change | None:
+            catalog = self._registry.catalog
+            for row in catalog.table.rows(model):
+                entry = catalog.entry(row)
+                if entry.replica_of is None and entry.conflict == rival:
+                    return Change("update", update_record(catalog, entry, conflict=None))
+            return None
+
+        await self._converge(model, decide)
 
     def _next_alias(self, entry: VersionEntry, told: Told) -> Change | None:
         here = self._registry.catalog.aliases_of(entry)
@@ -107,9 +166,7 @@ class Mirror:
         if entry is not None and entry.replica_of == origin and (gone.purged or entry.deleted_at is None):
             return Change("delete", self._deletion(entry, gone))
         pull = catalog.replicas.pull_of(model, version)
-        if pull is not None and pull.origin == origin:
-            return Change("pull.end", {"model": model, "version": version, "replicaOf": origin})
-        return None
+        return Change("pull.end", _end_of(pull)) if pull is not None and pull.origin == origin else None
 
     def _deletion(self, entry: VersionEntry, gone: Gone) -> dict[str, Any]:
         now = time.time_ns() // 1_000_000
@@ -118,19 +175,6 @@ class Mirror:
             record["until"] = gone.until or now + int(self._policy.undo_s * 1000)
         return record
 
-    def _is_taken(self, told: Told) -> bool:
-        """Whether this rack, or another one, owns a model with that id: whose copy it cannot be then."""
-        catalog = self._registry.catalog
-        owner = catalog.origin_of(told.model_id)
-        own = owner is None and catalog.since(told.model_id) is not None
-        if not own and owner in (None, told.origin) and catalog.case_twin(told.model_id) is None:
-            self.conflicts.pop(told.model_id, None)
-            return False
-        if self.conflicts.get(told.model_id) != told.origin:
-            self.conflicts[told.model_id] = told.origin
-            _log.error("model_conflict", model=told.model_id, owner=owner or self._policy.rack, claimed_by=told.origin)
-        return True
-
     def _begin(self, told: Told) -> dict[str, Any]:
         return {
             "model": told.model_id,
@@ -138,6 +182,7 @@ class Mirror:
             "origin": told.origin,
             "checksum": told.sha256,
             "size": told.size,
+            "since": told.since_ms,
             "replicas": told.replicas,
             "replicaOf": told.origin,
         }
@@ -174,8 +219,7 @@ class Mirror:
         def decide() -> Change | None:
             if self._registry.catalog.replicas.pull_of(pull.model, pull.version) != pull:
                 return None
-            record = {"model": pull.model, "version": pull.version, "replicaOf": pull.origin}
-            return Change("pull.end", record)
+            return Change("pull.end", _end_of(pull))
 
         await self._registry.transact(pull.model.lower(), decide)
 
@@ -197,3 +241,7 @@ class Mirror:
         if told.revision > 1:
             record["revision"] = told.revision
         return record
+
+
+def _end_of(pull: Pull) -> dict[str, Any]:
+    return {"model": pull.model, "version": pull.version, "replicaOf": pull.origin}

@@ -11,7 +11,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from pydantic.alias_generators import to_camel
 
 from schemas.errors import ModelManagerError
-from schemas.ids import MAX_ALIASES, MAX_INTEGER, Alias, Digest, ModelId, Rack, Version, hex_of
+from schemas.ids import LATEST, MAX_ALIASES, MAX_INTEGER, Alias, Digest, ModelId, Rack, Version, hex_of
 from schemas.model import Metadata
 from schemas.rpc import ChangesReply, GetModelReply, ListReply, MetadataReply, PingReply
 
@@ -104,14 +104,15 @@ class Gone:
 
 
 async def ask(peers: Peers, origin: str, model: str, version: str) -> Told | Gone:
-    """What the origin tells of exactly that version now. Raises ModelManagerError if it does not tell."""
+    """What the origin tells of exactly that version now, or of `latest`. Raises ModelManagerError if it does not
+    tell."""
     try:
         reply = await peers.rack(origin).get_model_metadata(model, version)
     except ModelManagerError as error:
         if error.code != "ERR_MODEL_NOT_FOUND":
             raise
         return Gone.of(error)
-    if (reply["modelId"], reply["version"]) != (model, version):  # by now the name is that of an alias
+    if reply["modelId"] != model or version not in (reply["version"], LATEST):  # by now the name is that of an alias
         return Gone()
     told = Told.of(reply)
     if told.origin != origin:

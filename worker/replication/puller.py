@@ -174,6 +174,7 @@ class Puller:
                     "origin": entry.replica_of,
                     "checksum": entry.checksum,
                     "size": entry.size,
+                    "since": entry.since,
                     "replicas": list(entry.replicas),
                     "replicaOf": entry.replica_of,
                 }

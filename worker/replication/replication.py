@@ -20,6 +20,8 @@ from schemas.errors import ModelManagerError
 from schemas.hints import Hint
 from schemas.ids import RACK_PATTERN
 from worker.cache import ModelCache
+from worker.catalog.table import DISPUTED
+from worker.journal import Entry
 from worker.policy import Policy
 from worker.registry import Registry
 from worker.replication.follower import Follower
@@ -62,6 +64,7 @@ class Replication:
         self.mirror = Mirror(registry, policy, cache)
         self.puller = Puller(registry, store, policy, self.mirror, peers, refuse=refuse, places=places, observe=observe)
         self.followers: dict[str, Follower] = {}
+        registry.listen(self._on_entry)
         self._running: set[asyncio.Task[None]] = set()
         self._over = asyncio.Event()
         self._over.set()
@@ -97,7 +100,7 @@ class Replication:
             "copies": sum(table.count_visible_of(rows) for rows in replicas.rows.values()),
             "pending": replicas.awaited,
             "failing": self.puller.failing,
-            "conflicts": len(self.mirror.conflicts),
+            "conflicts": len(table.rows_with(DISPUTED)),
             "following": [_state_of(follower) for follower in self.followers.values()],
         }
 
@@ -113,6 +116,13 @@ class Replication:
             self.followers[rack] = follower
             self._begin(follower.run(), f"follower of {rack}")
         return follower
+
+    def _on_entry(self, entry: Entry) -> None:
+        """What takes away a model whose id another rack's model has, makes room for a copy of that."""
+        if entry.op in ("delete", "purge"):
+            rack = self.mirror.refused.pop(entry.record["model"].lower(), None)
+            if rack is not None and rack in self.followers:
+                self.followers[rack].compare()
 
     async def _listen(self) -> None:
         """Hear hints, again after each loss; until then the followers ask by themselves."""

@@ -184,6 +184,7 @@ class Storing:
         entry = catalog.find(model_id, metadata.version)
         if entry is None:
             self._check_not_alias(model_id, metadata.version)
+            self._check_undisputed(model_id)
             return None
         stored = sorted((file["path"], file["size"], file["sha256"]) for file in entry.files)
         if entry.type != metadata.type or stored != sorted(wanted.files):
@@ -205,6 +206,12 @@ class Storing:
         model = self._registry.catalog.model(model_id)
         if model is not None and version in model.aliases:
             raise ModelManagerError("ERR_CONFLICT", f"{version} is an alias of {model_id}.", alias=version)
+
+    def _check_undisputed(self, model_id: str) -> None:
+        newest = self._registry.catalog.newest(model_id)
+        if newest is not None and newest.conflict is not None:
+            message = f"{newest.conflict} stored a model {model_id} first: give yours another name."
+            raise ModelManagerError("ERR_CONFLICT", message, modelId=model_id, origin=newest.conflict)
 
     async def _commit(
         self, wanted: _Wanted, files: list[StoredFile] | None, context: Context, *, upload: UploadEntry | None = None
@@ -252,9 +259,9 @@ class Storing:
             "origin": policy.rack,
             "replicas": list(place(checksum, policy.peers, policy.replication_factor, policy.rack)),
         }
-        since = self._registry.catalog.since(wanted.model_id)
-        if since is not None:
-            record["since"] = since
+        newest = self._registry.catalog.newest(wanted.model_id)
+        if newest is not None:
+            record["since"] = newest.since
         if upload is not None:
             record["upload"] = upload.id
         return with_request(cast("dict[str, Any]", record), context)
