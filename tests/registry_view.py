@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from worker.catalog.table import DISPUTED
 from worker.journal import base_name
 from worker.registry import Registry
 from worker.upkeep.compaction_child import compact
@@ -36,6 +37,19 @@ def view(registry: Registry) -> dict[str, Any]:
         "keys": {n: catalog.blobs.key_of(sha256(bytes([n])).hexdigest()) is not None for n in range(4)},
         "jobs": {job.id: job.state for job in catalog.jobs.values()},
         "types": {name: count for name, count in catalog.table.type_counts().items() if count},
+        "pulls": sorted((pull.model, pull.version, pull.origin, pull.sequence) for pull in catalog.replicas.pulls()),
+        "awaited": catalog.replicas.awaited,
+        "cursors": dict(catalog.replicas.cursors),
+        "copies": {
+            rack: names
+            for rack, rows in catalog.replicas.rows.items()
+            if (
+                names := [
+                    (catalog.table.model[row], catalog.table.version[row]) for row in rows if catalog.has_row(row)
+                ]
+            )
+        },
+        "disputed": [catalog.table.version[row] for row in catalog.table.rows_with(DISPUTED)],
         "requests": sorted(key for key, *_ in catalog.requests.dumped()),
     }
 

@@ -298,13 +298,13 @@ class ScrubMetrics(ScrubObserver):
 
 
 class ReplicationMetrics(PullObserver):
-    """What comes from other racks, by their names."""
+    """What comes from other racks, by their names as `origin`: `rack` is what a scrape may call this one."""
 
     def __init__(self, objects: Objects) -> None:
-        self._pulls = objects.counter("replication_pulls_total", "Tries to bring a version here.", ["rack", "result"])
-        self._bytes = objects.counter("replication_bytes_total", "Bytes that came from a rack.", ["rack"])
+        self._pulls = objects.counter("replication_pulls_total", "Tries to bring a version here.", ["origin", "result"])
+        self._bytes = objects.counter("replication_bytes_total", "Bytes that came from a rack.", ["origin"])
         self._lag = objects.gauge(
-            "replication_lag_seconds", "Since when a rack's changes may not have been taken in.", ["rack"]
+            "replication_lag_seconds", "Since when a rack's changes may not have been taken in.", ["origin"]
         )
         self._copies = objects.gauge("replication_copies", "Versions of other racks that are here.")
         self._pending = objects.gauge("replication_pending", "Versions of other racks that are awaited.")

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from schemas.errors import ModelManagerError
 from tests.rack import LocalRack
 from tests.registry_view import compact_here, view, view_after_boot
+from worker.registry import Change
+from worker.replication.mirror import Mirror
+from worker.replication.peers import Gone, Told
 from worker.storage.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from schemas.journal import StoredFile
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ OPERATIONS = st.lists(
             ["store"] * 5
             + ["update", "delete", "delete all", "purge", "restore", "alias", "no alias", "upload", "abort"]
             + ["replicate", "validate", "rot", "rot", "store again", "store again", "rotate", "compact"]
+            + ["told"] * 4
+            + ["arrives", "arrives", "gone", "purged there", "spoiled", "follow"]
         ),
         st.sampled_from(["a", "b", "org/c"]),
         st.sampled_from(["1", "2", "3"]),
@@ -114,6 +122,8 @@ class Life:
             self._uploads.append(begun["uploadId"])
         elif operation.kind == "abort" and self._uploads:
             await rack.call("abortUpload", {"uploadId": self._uploads.pop()})
+        elif operation.kind in ("told", "arrives", "gone", "purged there", "spoiled", "follow"):
+            await self._replicate(rack, operation)
         elif operation.kind == "rotate":
             await rack.registry.journal.rotate()
         elif operation.kind == "compact":
@@ -121,6 +131,58 @@ class Life:
             shutil.copytree(self.folder / "registry", copy, ignore=shutil.ignore_patterns("RESERVE"))
             self.copies.append(copy)
             await compact_here(rack.registry)
+
+    async def _replicate(self, rack: LocalRack, operation: Operation) -> None:
+        """What replication records of a model of rack-2: under a name of its own, or one that this rack may have."""
+        mirror = Mirror(rack.registry, rack.policy, rack.cache)
+        model = operation.model if operation.number == 3 else f"copy-{operation.model}"
+        version, data = operation.version, bytes([operation.number])
+        pull = rack.registry.catalog.replicas.pull_of(model, version)
+        match operation.kind:
+            case "told":
+                await mirror.match(self._told(model, version, operation.number))
+            case "arrives" if pull is not None:
+                key = rack.store.new_key()
+                self.store.blobs[key] = data
+                file = {
+                    "path": "f",
+                    "size": 1,
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "mediaType": "x",
+                    "key": key,
+                }
+                told = self._told(model, version, operation.number)
+                await mirror.arrive(pull, told, [cast("StoredFile", file)])
+                await mirror.match(told)
+                await mirror.end(pull)
+            case "gone" | "purged there":
+                await mirror.drop("rack-2", model, version, Gone(purged=operation.kind == "purged there"))
+            case "spoiled":
+                await mirror.settle("rack-2", operation.model)
+                for key in self._right_blobs(rack, Operation("rot", model, version, 0)):
+                    self.store.blobs[key] = b"rotten"
+                await rack.call("validateModel", {"modelId": model, "version": version, "waitMs": 5000})
+            case "follow":
+                record = {"origin": "rack-2", "epoch": 1, "after": operation.number}
+                await rack.registry.transact("follow rack-2", lambda: Change("follow", record))
+
+    def _told(self, model: str, version: str, number: int) -> Told:
+        """A version as rack-2 may tell it: stored before or after what is here, with another number other bytes."""
+        return Told.of(
+            {
+                "modelId": model,
+                "version": version,
+                "checksum": f"sha256:{hashlib.sha256(bytes([number])).hexdigest()}",
+                "size": 1,
+                "createdAt": "2026-01-01T00:00:00.000Z" if number % 2 else "2199-01-01T00:00:00.000Z",
+                "modelCreatedAt": "2026-01-01T00:00:00.000Z" if number % 2 else "2199-01-01T00:00:00.000Z",
+                "revision": number + 1,
+                "aliases": [f"alias-{number}"],
+                "origin": "rack-2",
+                "replicas": ["rack-1"],
+                "metadata": {"type": "custom", "version": version, "tags": ["y"]},
+            }
+        )
 
     def _right_blobs(self, rack: LocalRack, operation: Operation) -> dict[str, bytes]:
         """What the store should hold of the version, by key."""

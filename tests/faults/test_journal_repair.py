@@ -352,7 +352,7 @@ def test_records_whose_predecessors_are_lost_do_not_break_the_catalog(folder: Pa
     async def go_on() -> None:
         registry = opened(folder)
         registry.start()
-        for name in {key[0] for key in registry.catalog.aliases} | set(seen["versions"]):
+        for name in {model for model, *_ in registry.catalog.aliases.items()} | set(seen["versions"]):
             versions = [entry.version for entry, _ in seen["versions"].get(name, ([], {}))[0]]
             await append(registry, "purge", {"model": name, "versions": versions})
         assert registry.catalog.totals.versions == 0

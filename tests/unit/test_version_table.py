@@ -77,9 +77,9 @@ def test_a_purge_drops_the_aliases_of_its_versions_and_no_others() -> None:
     aliases = [{"model": "m", "alias": f"alias-{n}", "version": "123"[n % 3], "previous": None} for n in range(9)]
     folded.fold("alias", *aliases)
     folded.fold("purge", {"model": "m", "versions": ["1", "3"]})
-    assert dict(folded.catalog.aliases["m"]).keys() == {"alias-1", "alias-4", "alias-7"}
+    assert folded.catalog.aliases.of("m").keys() == {"alias-1", "alias-4", "alias-7"}
     folded.fold("purge", {"model": "m", "versions": ["2"]})
-    assert folded.catalog.aliases == {}
+    assert not list(folded.catalog.aliases.items())
 
 
 def loaded(table: VersionTable) -> VersionTable:

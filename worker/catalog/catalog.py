@@ -21,6 +21,7 @@ from schemas.errors import ModelManagerError
 from schemas.ids import LATEST
 from schemas.journal import StoredFile
 from schemas.wire import timestamp
+from worker.catalog.aliases import Aliases
 from worker.catalog.blobs import BlobIndex
 from worker.catalog.entries import Deletion, ModelEntry, VersionEntry
 from worker.catalog.entry_cache import EntryCache
@@ -63,7 +64,7 @@ class Catalog:
         self.requests = RememberedRequests()
         self.deleted: dict[int, Deletion] = {}  # by row
         self.restored: dict[int, int] = {}  # row -> sequence of the last `restore`
-        self.aliases: dict[str, dict[str, tuple[str, int]]] = {}  # model in lower case -> alias -> version, sequence
+        self.aliases = Aliases()
         self.by_tag: defaultdict[str, array[int]] = defaultdict(_no_rows)  # rows, ascending; see `tagged`
         self.blobs = BlobIndex(self)  # needed by versions, deleted ones inside their undo window included, and uploads
         self.replicas = Replicas()
@@ -100,8 +101,7 @@ class Catalog:
         row = self.table.newest(model_id)
         if row == NO_ROW or self.table.model[row] != model_id:
             return None
-        aliases = {alias: version for alias, (version, _) in self.aliases.get(model_id.lower(), {}).items()}
-        return ModelEntry(model_id, Versions(self.table, model_id, self.entry), aliases)
+        return ModelEntry(model_id, Versions(self.table, model_id, self.entry), self.aliases.of(model_id))
 
     def records_of(self, model_id: str) -> list[int]:
         """The sequences of the records that tell of the model's versions, deleted ones included."""
@@ -138,9 +138,7 @@ class Catalog:
         if reference == LATEST:
             row = self._latest(model_id)
         else:
-            aliases = self.aliases.get(model_id.lower())
-            named = aliases[reference][0] if aliases is not None and reference in aliases else reference
-            row = table.find(model_id, named)
+            row = table.find(model_id, self.aliases.version(model_id, reference) or reference)
         if row == NO_ROW:
             raise ModelManagerError(
                 "ERR_MODEL_NOT_FOUND",
@@ -198,10 +196,7 @@ class Catalog:
         return entry
 
     def aliases_of(self, entry: VersionEntry) -> list[str]:
-        aliases = self.aliases.get(entry.model.lower())
-        if aliases is None:
-            return []
-        return sorted(alias for alias, (version, _) in aliases.items() if version == entry.version)
+        return self.aliases.naming(entry.model, entry.version)
 
     def deleted_versions(self) -> Iterator[tuple[str, str, Deletion]]:
         """Model, version and deletion of what is inside its undo window."""
@@ -376,11 +371,9 @@ class Catalog:
             self._forget(row)
         table = self.table
         gone = {(table.model[row], table.version[row]) for row in rows}
-        for model in {model for model, _ in gone}:
-            for alias, (version, _) in list(self.aliases.get(model.lower(), {}).items()):
-                # Those of one that was stored later are its own.
-                if (model, version) in gone and table.find(model, version) == NO_ROW:
-                    self._drop_alias(model, alias)
+        for model, version in gone:
+            if table.find(model, version) == NO_ROW:  # those of one that was stored later are its own
+                self.aliases.drop(model, self.aliases.naming(model, version))
 
     def _forget(self, row: int) -> None:
         # A fold cannot be put off; most often the version was read just before, for the decision.
@@ -403,17 +396,9 @@ class Catalog:
     def _alias(self, record: Any, sequence: int, time_ms: int) -> None:
         if record["version"] is None:
             self._note_tombstone(sequence, time_ms)
-            self._drop_alias(record["model"], record["alias"])
+            self.aliases.drop(record["model"], [record["alias"]])
         elif self.table.newest(record["model"]) != NO_ROW:
-            aliases = self.aliases.setdefault(record["model"].lower(), {})
-            aliases[record["alias"]] = (record["version"], sequence)
-
-    def _drop_alias(self, model: str, alias: str) -> None:
-        aliases = self.aliases.get(model.lower())
-        if aliases is not None:
-            aliases.pop(alias, None)
-            if not aliases:
-                del self.aliases[model.lower()]
+            self.aliases.set(record["model"], record["alias"], record["version"], sequence)
 
     # --- what is seen ---
 

@@ -59,7 +59,7 @@ def retained(catalog: Catalog) -> Retained:
     few = [
         *(deletion.sequence for deletion in catalog.deleted.values()),
         *catalog.restored.values(),
-        *(sequence for aliases in catalog.aliases.values() for _, sequence in aliases.values()),
+        *(sequence for *_, sequence in catalog.aliases.items()),
         *(pull.sequence for pull in catalog.replicas.pulls()),
         *(cursor.sequence for cursor in catalog.replicas.cursors.values()),
         *(sequence for sequence, _ in requests if sequence >= remembered),

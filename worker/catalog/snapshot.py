@@ -32,11 +32,7 @@ def dump_catalog(catalog: Catalog) -> dict[str, Any]:
         "restored": list(catalog.restored.items()),
         "wrong": list(catalog.blobs.wrong.items()),
         "moved": list(catalog.blobs.moved.items()),
-        "aliases": [
-            [model, alias, version, sequence]
-            for model, aliases in catalog.aliases.items()
-            for alias, (version, sequence) in aliases.items()
-        ],
+        "aliases": list(catalog.aliases.items()),
         "uploads": [asdict(upload) for upload in catalog.uploads.values()],
         "jobs": [asdict(job) for job in catalog.jobs.values()],
         "requests": catalog.requests.dumped(),
@@ -72,7 +68,7 @@ def load_catalog(catalog: Catalog, parts: dict[str, memoryview]) -> bool:
     for row in wrong.keys() | moved.keys():
         catalog.blobs.note(row, wrong.get(row, ()), moved.get(row, ()))
     for model, alias, version, sequence in rest["aliases"]:
-        catalog.aliases.setdefault(model, {})[alias] = (version, sequence)
+        catalog.aliases.set(model, alias, version, sequence)
     for upload in rest["uploads"]:
         entry = UploadEntry(
             **{**upload, "files": tuple(upload["files"]), "stored_files": tuple(upload["stored_files"])}
