@@ -70,6 +70,7 @@ _BOTH = [("labels.json", len(LABELS), sha256_of(LABELS)), ("model.safetensors", 
 _DIGEST = digest_of(version_digest(_BOTH))
 _BOTH_SIZE = len(WEIGHTS) + len(LABELS)
 
+_REGISTRY = "d2a1f0c48b6e4d7c9f3a5e7b1c0d8f64"
 _UPDATED: JSON = {**METADATA, "description": "Tells digits apart, a little better.", "accuracy": 0.98}
 _METADATA_11: JSON = {"type": "safetensors", "version": "1.1.0", "description": "", "tags": ["vision"]}
 
@@ -171,7 +172,15 @@ STORY: tuple[Example, ...] = (
         "ping",
         "Is it there",
         {},
-        {"success": True, "rack": RACK, "version": "0.1.0", "epoch": 1, "head": 1, "ready": True},
+        {
+            "success": True,
+            "rack": RACK,
+            "version": "0.1.0",
+            "registryId": _REGISTRY,
+            "epoch": 1,
+            "head": 1,
+            "ready": True,
+        },
     ),
     Example(
         "storeModel",
@@ -300,7 +309,14 @@ STORY: tuple[Example, ...] = (
         "getChanges",
         "From the beginning",
         {"epoch": 1, "after": 0, "limit": 1},
-        {"success": True, "epoch": 1, "head": 20, "changes": [HINT_EXAMPLES[0]], "next": 2},
+        {
+            "success": True,
+            "registryId": _REGISTRY,
+            "epoch": 1,
+            "head": 20,
+            "changes": [HINT_EXAMPLES[0]],
+            "next": 2,
+        },
     ),
     Example(
         "getStorageStats",

@@ -194,9 +194,11 @@ class PullEndRecord(Record):
 
 
 class FollowRecord(Record):
-    """op `follow`: another rack's changes are taken in up to the sequence `after` of its journal's life `epoch`."""
+    """op `follow`: another rack's changes are taken in up to the sequence `after` of its journal's life `epoch`.
+    `registry` is the id of its registry."""
 
     origin: str
+    registry: str
     epoch: int
     after: int
 

@@ -120,7 +120,7 @@ RECORD_EXAMPLES: dict[str, JSON] = {
         "replicaOf": "rack-2",
     },
     "pull.end": {"model": "acme/words", "version": "2.1.0", "replicaOf": "rack-2"},
-    "follow": {"origin": "rack-2", "epoch": 1, "after": 4711},
+    "follow": {"origin": "rack-2", "registry": "5f0c1e6a9b7d4c2e8a3f6d1b0c9e7a52", "epoch": 1, "after": 4711},
 }
 
 

@@ -359,6 +359,7 @@ class GetChanges(Wire):
 
 
 class ChangesReply(Success):
+    registryId: str
     epoch: int
     head: int
     changes: list[dict[str, Any]]
@@ -370,8 +371,11 @@ class Ping(Wire):
 
 
 class PingReply(Success):
+    """`registryId` is the registry's for all its life; `epoch` is raised when it is rebuilt or restored."""
+
     rack: str
     version: str
+    registryId: str
     epoch: int
     head: int
     ready: bool

@@ -38,7 +38,7 @@ def view(registry: Registry) -> dict[str, Any]:
         "jobs": {job.id: job.state for job in catalog.jobs.values()},
         "types": {name: count for name, count in catalog.table.type_counts().items() if count},
         "pulls": sorted((pull.model, pull.version, pull.origin, pull.sequence) for pull in catalog.replicas.pulls()),
-        "awaited": catalog.replicas.awaited,
+        "awaited": +catalog.replicas.awaited,
         "cursors": dict(catalog.replicas.cursors),
         "copies": {
             rack: names

@@ -163,7 +163,7 @@ class App:
         )
 
     def _replication(self, loaded: Loaded) -> Replication:
-        peers = ClientPeers(lambda: loaded.amqp_url)
+        peers = ClientPeers(lambda: loaded.amqp_url, self._settings.rack)
         replication = Replication(
             self.registry,
             self.store,

@@ -15,18 +15,14 @@ _TIMEOUT_S = 20.0
 
 
 class ClientPeers:
-    """A client for each rack, made when it is first asked for. `url` gives the broker's address, which may change."""
+    """Calls all racks over one connection. `url` gives the broker's address, which may change."""
 
-    def __init__(self, url: Callable[[], str]) -> None:
-        self._url = url
-        self._callers: dict[str, AmqpCaller] = {}
+    def __init__(self, url: Callable[[], str], me: str) -> None:
+        self._caller = AmqpCaller(url, me)
         self._session: aiohttp.ClientSession | None = None
 
     def rack(self, name: str) -> ModelManagerClient:
-        caller = self._callers.get(name)
-        if caller is None:
-            caller = self._callers[name] = AmqpCaller(self._url, name)
-        return ModelManagerClient(caller, timeout_s=_TIMEOUT_S)
+        return ModelManagerClient(self._caller.of(name), timeout_s=_TIMEOUT_S)
 
     async def read(self, url: str, start: int) -> AsyncGenerator[bytes]:
         """See `Peers.read`. Memory: a chunk of 1 MiB."""
@@ -49,7 +45,7 @@ class ClientPeers:
             raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", text) from error
 
     async def close(self) -> None:
-        for caller in self._callers.values():
-            await caller.close()
+        """What is asked from then on ends with an error."""
+        await self._caller.close()
         if self._session is not None:
             await self._session.close()

@@ -163,7 +163,7 @@ class Life:
                     self.store.blobs[key] = b"rotten"
                 await rack.call("validateModel", {"modelId": model, "version": version, "waitMs": 5000})
             case "follow":
-                record = {"origin": "rack-2", "epoch": 1, "after": operation.number}
+                record = {"origin": "rack-2", "registry": "x", "epoch": 1, "after": operation.number}
                 await rack.registry.transact("follow rack-2", lambda: Change("follow", record))
 
     def _told(self, model: str, version: str, number: int) -> Told:

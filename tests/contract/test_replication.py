@@ -32,8 +32,9 @@ async def start(network: Network, tmp_path: Path) -> AsyncIterator[Start]:
     stores: dict[str, MemoryStore] = {}
     started: list[ReplicatingRack] = []
 
-    async def start(name: str, **changed: Any) -> ReplicatingRack:
-        rack = ReplicatingRack(network, name, tmp_path / name, stores.setdefault(name, MemoryStore()), **changed)
+    async def start(name: str, *, folder: Path | None = None, **changed: Any) -> ReplicatingRack:
+        kept = stores.setdefault(name, MemoryStore()) if folder is None else MemoryStore()
+        rack = ReplicatingRack(network, name, folder or tmp_path / name, kept, **changed)
         rack.open().start()
         started.append(rack)
         return rack
@@ -63,7 +64,7 @@ def is_level(rack: ReplicatingRack, origin: ReplicatingRack) -> Callable[[], boo
     def level() -> bool:
         assert rack.replication is not None
         follower = rack.replication.followers.get(origin.name)
-        return follower is not None and follower.after >= head and not rack.registry.catalog.replicas.awaited
+        return follower is not None and follower.after >= head and not +rack.registry.catalog.replicas.awaited
 
     return level
 

@@ -20,7 +20,7 @@ from tests.racks import Network, ReplicatingRack, until
 from tests.registry_view import compact_here
 from worker.catalog import retention
 from worker.journal import Until
-from worker.replication import puller
+from worker.replication import schedule
 from worker.storage.memory import MemoryStore
 from worker.upkeep.restore import restore
 
@@ -183,7 +183,7 @@ class World:
             held = {key: each for key, each in told[name].items() if each["origin"] != name}
             if held != expected:
                 found.append(f"{name}: {held} is not {expected}")
-            if rack.registry.catalog.replicas.awaited:
+            if +rack.registry.catalog.replicas.awaited:
                 found.append(f"{name} awaits {[pull.version for pull in rack.registry.catalog.replicas.pulls()]}")
             found += self._disputes(name, told)
         return found
@@ -237,8 +237,8 @@ def told_by(rack: ReplicatingRack) -> dict[tuple[str, str], dict[str, Any]]:
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deletes are forgotten at once, so that compaction ends the feed for who is behind; and pauses are short."""
     monkeypatch.setattr(retention, "TOMBSTONE_MS", 0)
-    for name in ("_FIRST_PAUSE_S", "_LONGEST_PAUSE_S", "_FIRST_REFUSED_PAUSE_S", "_LONGEST_REFUSED_PAUSE_S"):
-        monkeypatch.setattr(puller, name, 0.01)
+    for name in ("_PASSING", "_REFUSED"):
+        monkeypatch.setattr(schedule, name, (0.01, 0.01))
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))

@@ -27,6 +27,7 @@ GIVEN_BY_THE_WORKER = ("uploadId", "jobId")
 WORKERS_OWN = frozenset(
     {
         "createdAt",
+        "registryId",
         "modelCreatedAt",
         "deletedAt",
         "restorableUntil",

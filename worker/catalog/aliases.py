@@ -13,6 +13,9 @@ class Aliases:
             str, dict[str, tuple[str, int]]
         ] = {}  # by model in lower case: version, sequence of its record
 
+    def __len__(self) -> int:
+        return sum(map(len, self._named.values()))
+
     def of(self, model: str) -> dict[str, str]:
         """The version that each alias of the model names."""
         return {alias: version for alias, (version, _) in self._named.get(model.lower(), {}).items()}

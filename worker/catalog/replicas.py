@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +27,10 @@ class Pull:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """How far the changes of a rack are taken in: `after` is a sequence of its journal's life `epoch`, `sequence` that
-    of our record."""
+    """How far the changes of a rack are taken in: `after` is a sequence of its journal's life `epoch`, of the registry
+    with the id `registry`; `sequence` is that of our record."""
 
+    registry: str
     epoch: int
     after: int
     sequence: int
@@ -41,8 +42,8 @@ class Replicas:
     def __init__(self) -> None:
         self.cursors: dict[str, Cursor] = {}  # by rack
         self.rows: defaultdict[str, array[int]] = defaultdict(_no_rows)  # by rack, ascending; with those that are gone
-        self.awaited = 0
-        """How many pulls are not over."""
+        self.awaited: Counter[str] = Counter()
+        """How many pulls are not over, by rack."""
         self._pulls: dict[str, dict[str, Pull]] = {}  # by model in lower case, and version
 
     def pulls(self) -> Iterator[Pull]:
@@ -83,19 +84,23 @@ class Replicas:
         )
 
     def hold(self, pull: Pull) -> None:
-        pulls = self._pulls.setdefault(pull.model.lower(), {})
-        self.awaited += pull.version not in pulls
-        pulls[pull.version] = pull
+        self._end(pull.model, pull.version)
+        self._pulls.setdefault(pull.model.lower(), {})[pull.version] = pull
+        self.awaited[pull.origin] += 1
 
     def end_pull(self, record: Any, sequence: int, time_ms: int) -> None:
-        key = record["model"].lower()
-        pulls = self._pulls.get(key, {})
-        self.awaited -= pulls.pop(record["version"], None) is not None
-        if not pulls:
-            self._pulls.pop(key, None)
+        self._end(record["model"], record["version"])
+
+    def _end(self, model: str, version: str) -> None:
+        pulls = self._pulls.get(model.lower(), {})
+        pull = pulls.pop(version, None)
+        if pull is not None:
+            self.awaited[pull.origin] -= 1
+            if not pulls:
+                del self._pulls[model.lower()]
 
     def follow(self, record: Any, sequence: int, time_ms: int) -> None:
-        self.cursors[record["origin"]] = Cursor(record["epoch"], record["after"], sequence)
+        self.cursors[record["origin"]] = Cursor(record["registry"], record["epoch"], record["after"], sequence)
 
     def store(self, row: int, origin: str) -> None:
         """The version in a new row is a copy of that rack's."""

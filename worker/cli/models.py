@@ -195,6 +195,7 @@ def _show_metadata(session: Session, reply: Any) -> None:
                 "created": reply["createdAt"],
                 "revision": reply["revision"],
                 "aliases": ", ".join(reply["aliases"]),
+                "origin": reply["origin"],
                 "replicas": ", ".join(reply["replicas"]),
                 "state": reply["state"],
             }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from schemas.ids import new_ulid
 from schemas.rpc import METHODS
 from schemas.wire import MAX_BODY_BYTES, parse_object
 from worker.broker_url import login_of
-from worker.client.caller import Unreachable, encoded, error_of, no_answer, until_answered
+from worker.client.caller import Caller, Unreachable, encoded, error_of, no_answer, until_answered
 from worker.client.connecting import CONNECT_S, close, connect, losses
 
 RPC_EXCHANGE = "model-manager.rpc"
@@ -109,7 +109,7 @@ class AmqpCaller:
         self._opening: asyncio.Task[_Link] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         self._reached = False
-        self._answered = False
+        self._answered: set[str] = set()  # the racks that have answered
         self._closed = False
         self.late_replies = 0
         """Replies dropped because nobody waited any more: after the deadline, after a cancelled call, or twice."""
@@ -129,13 +129,22 @@ class AmqpCaller:
         at once when the rack has no queue or the broker was never reached, ERR_UNAUTHORIZED and ERR_FORBIDDEN when the
         broker refuses the login or what it asks for.
         """
+        return await self._call(self._rack, method, params, timeout_s=timeout_s, idempotency_key=idempotency_key)
+
+    def of(self, rack: str) -> Caller:
+        """Calls the worker of another rack, over the same connection. Closing it closes nothing."""
+        return _OtherRack(self._call, rack)
+
+    async def _call(
+        self, rack: str, method: str, params: Mapping[str, Any], *, timeout_s: float, idempotency_key: str | None
+    ) -> dict[str, Any]:
         body = encoded(params)
         if len(body) > MAX_BODY_BYTES:  # a broker may close the channel, and all calls on it, for a body too large
             raise ModelManagerError(
                 "ERR_INVALID_REQUEST", f"The body is over {MAX_BODY_BYTES} bytes.", maxBodySize=MAX_BODY_BYTES
             )
 
-        request = _Request(method, body, time.monotonic() + timeout_s)
+        request = _Request(rack, method, body, time.monotonic() + timeout_s)
 
         async def attempt(left_s: float, key: str | None) -> dict[str, Any]:
             request.key = key
@@ -188,7 +197,7 @@ class AmqpCaller:
             del link.waiters[correlation_id]
             if waiter.done() and not waiter.cancelled():
                 waiter.exception()  # taken note of, even if the publish failed first
-        self._answered = True
+        self._answered.add(request.rack)
         try:
             return parse_object(reply, limit=MAX_REPLY_BYTES)
         except ModelManagerError as error:
@@ -198,7 +207,7 @@ class AmqpCaller:
         self, link: _Link, request: _Request, message: aio_pika.Message, waiter: asyncio.Future[bytes]
     ) -> None:
         """Publish and wait for the broker's confirm, which a lost connection may never bring."""
-        key = f"{self._rack}.{request.method}"
+        key = f"{request.rack}.{request.method}"
         confirm = asyncio.ensure_future(link.exchange.publish(message, key, mandatory=True))
         either: set[asyncio.Future[Any]] = {confirm, waiter}
         try:
@@ -208,9 +217,9 @@ class AmqpCaller:
                     await confirm
             request.taken = True
         except PublishError:
-            reason = f"There is no worker's queue for rack {self._rack} on that broker."
+            reason = f"There is no worker's queue for rack {request.rack} on that broker."
             # Where it was taken before, the queue has gone since, and whoever made it makes it again.
-            raise Unreachable(reason, passing=self._answered or request.taken) from None
+            raise Unreachable(reason, passing=request.rack in self._answered or request.taken) from None
         except DeliveryError:
             raise ModelManagerError("ERR_OVERLOADED", "The queue of the rack is full.") from None
         finally:
@@ -275,11 +284,30 @@ class AmqpCaller:
                 await replies.consume(link.answer, no_ack=True)
         except ChannelNotFoundEntity:
             reason = "No rack is set up on that broker: it has no exchange for requests."
-            raise Unreachable(reason, passing=self._answered) from None
+            raise Unreachable(reason, passing=bool(self._answered)) from None
         return link
 
     def _late(self) -> None:
         self.late_replies += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _OtherRack:
+    """A caller on another one's connection."""
+
+    _call: Callable[..., Awaitable[dict[str, Any]]]
+    _rack: str
+
+    async def call(
+        self, method: str, params: Mapping[str, Any], *, timeout_s: float, idempotency_key: str | None = None
+    ) -> dict[str, Any]:
+        return await self._call(self._rack, method, params, timeout_s=timeout_s, idempotency_key=idempotency_key)
+
+    def headers_for(self, url: str) -> dict[str, str]:
+        return {}
+
+    async def close(self) -> None:
+        return
 
 
 @dataclass(slots=True)
@@ -287,6 +315,7 @@ class _Request:
     """A call, in all its attempts. `deadline` is in seconds of `time.monotonic`; `taken`: for all we know the broker
     has had it."""
 
+    rack: str
     method: str
     body: bytes
     deadline: float

@@ -103,7 +103,7 @@ async def pull(
     wrong, which leaves nothing of that file.
     """
     reply = await client.get_model(model_id, reference, delivery="url")
-    files = checked_files(reply)
+    files = _checked(reply)
     root, targets = await asyncio.to_thread(_targets, reply, destination)
     present = {file["path"] for file in files if await _is_there(targets[file["path"]], file, force)}
     wanted = [file for file in files if file["path"] not in present]
@@ -119,7 +119,7 @@ async def pull(
     return Pulled(reply["modelId"], reply["version"], reply["checksum"], root, tuple(pulled))
 
 
-def checked_files(reply: GetModelReply) -> list[DeliveredFile]:
+def _checked(reply: GetModelReply) -> list[DeliveredFile]:
     """The files of a reply that has been checked as if a stranger had sent it."""
     files = reply["files"]
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Set
 from typing import Any
 
@@ -49,6 +50,7 @@ class Jobs:
         self._bodies = bodies
         working, waiting = asyncio.Semaphore(places), asyncio.Semaphore(_WAITING_MOST)
         self._places = {method: waiting if method in patient else working for method in bodies}
+        self._open: Counter[asyncio.Semaphore] = Counter()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._committing: set[str] = set()  # and those that record their end
         self._cancelled: set[str] = set()
@@ -61,8 +63,8 @@ class Jobs:
 
     async def begin(self, method: str, params: dict[str, Any], context: Context) -> str:
         """Record a job and start it; its id. `params` are the request's, as JSON. ERR_OVERLOADED if too many wait."""
-        if len(self._tasks) >= _OPEN_MOST:
-            raise ModelManagerError("ERR_OVERLOADED", f"{len(self._tasks)} jobs are open.", retryAfterMs=_COME_BACK_MS)
+        if (count := self._open[self._places[method]]) >= _OPEN_MOST:
+            raise ModelManagerError("ERR_OVERLOADED", f"{count} such jobs are open.", retryAfterMs=_COME_BACK_MS)
         job_id = new_ulid()
         record: JobBeginRecord = {
             "job": job_id,
@@ -171,10 +173,12 @@ class Jobs:
     def _start(self, job: JobEntry) -> None:
         task = asyncio.create_task(self._run(job), name=f"job {job.method} {job.id}", context=self._context.copy())
         self._tasks[job.id] = task
-        task.add_done_callback(lambda _: self._forget(job.id))
+        self._open[self._places[job.method]] += 1
+        task.add_done_callback(lambda _: self._forget(job.id, job.method))
 
-    def _forget(self, job_id: str) -> None:
+    def _forget(self, job_id: str, method: str) -> None:
         self._tasks.pop(job_id, None)
+        self._open[self._places[method]] -= 1
         self._committing.discard(job_id)
         self._cancelled.discard(job_id)
 

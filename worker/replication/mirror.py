@@ -15,13 +15,13 @@ from weakref import WeakValueDictionary
 import structlog
 
 from schemas.errors import ModelManagerError
-from schemas.journal import StoredFile, StoreRecord
+from schemas.journal import StoredFile
 from worker.cache import ModelCache
 from worker.catalog.entries import VersionEntry
 from worker.catalog.replicas import Pull
 from worker.catalog.table import NO_ROW
 from worker.catalog.updates import moved_record, update_record
-from worker.journal import Entry
+from worker.journal import Entry, check_record
 from worker.policy import Policy
 from worker.registry import Change, Registry
 from worker.replication.peers import Gone, Told
@@ -86,13 +86,13 @@ class Mirror:
             if rival is not None:
                 return rival
         claim = self._claim(model)
-        taken = claim is not None and claim[1] != origin
+        taken = (claim is not None and claim[1] != origin) or catalog.case_twin(model) is not None
         if taken and named:
             self.refused[model.lower()] = origin
         if taken or not named:
             return self._next_of_gone(origin, model, version, Gone())
         entry = catalog.find(model, version)
-        if entry is not None and entry.checksum != told.sha256:  # purged there, and stored anew
+        if entry is not None and not _is_of(entry, told):  # purged there, and stored anew
             return self._next_of_gone(origin, model, version, Gone(purged=True))
         pull = catalog.replicas.pull_of(model, version)
         if (entry is None or entry.quarantined) and (pull is None or pull.checksum != told.sha256):
@@ -123,7 +123,8 @@ class Mirror:
         claim = self._claim(told.model_id)
         if claim is not None and claim[1] != origin and claim < (told.since_ms, origin):
             return None
-        if catalog.origin_of(told.model_id) != origin:  # all versions of a model are one rack's
+        # All versions of a model are one rack's, and have one spelling of its id.
+        if catalog.origin_of(told.model_id) != origin or catalog.case_twin(told.model_id) is not None:
             for row in catalog.table.rows(told.model_id):
                 entry = catalog.entry(row)
                 if entry.replica_of is not None:
@@ -131,7 +132,7 @@ class Mirror:
                 if entry.conflict is None:
                     return Change("update", update_record(catalog, entry, conflict=origin))
         for pull in catalog.replicas.pulls_of(told.model_id):
-            if pull.origin != origin:
+            if (pull.origin, pull.model) != (origin, told.model_id):
                 return Change("pull.end", _end_of(pull))
         return None
 
@@ -213,18 +214,45 @@ class Mirror:
         outcome = await self._registry.transact(pull.model.lower(), decide, pins=keys)
         return outcome if isinstance(outcome, bool) else True
 
-    async def end(self, pull: Pull) -> None:
-        """The copy is complete."""
+    async def end(self, pull: Pull) -> bool:
+        """The copy is complete; False if it is not, since its bytes have gone bad meanwhile."""
+
+        def decide() -> Change | bool:
+            catalog = self._registry.catalog
+            if catalog.replicas.pull_of(pull.model, pull.version) != pull:
+                return True
+            entry = catalog.find(pull.model, pull.version)
+            return False if entry is None or entry.quarantined else Change("pull.end", _end_of(pull))
+
+        outcome = await self._registry.transact(pull.model.lower(), decide)
+        return outcome if isinstance(outcome, bool) else True
+
+    async def mend(self, model: str, version: str) -> None:
+        """Begin a pull for a copy that is quarantined, if there is none."""
 
         def decide() -> Change | None:
-            if self._registry.catalog.replicas.pull_of(pull.model, pull.version) != pull:
+            catalog = self._registry.catalog
+            entry = catalog.find(model, version)
+            if entry is None or entry.replica_of is None or not entry.quarantined:
                 return None
-            return Change("pull.end", _end_of(pull))
+            if catalog.replicas.pull_of(model, version) is not None:
+                return None
+            record = {
+                "model": model,
+                "version": version,
+                "origin": entry.replica_of,
+                "checksum": entry.checksum,
+                "size": entry.size,
+                "since": entry.since,
+                "replicas": list(entry.replicas),
+                "replicaOf": entry.replica_of,
+            }
+            return Change("pull.begin", record)
 
-        await self._registry.transact(pull.model.lower(), decide)
+        await self._registry.transact(model.lower(), decide)
 
-    def _store_record(self, told: Told, files: Sequence[StoredFile]) -> StoreRecord:
-        record: StoreRecord = {
+    def _store_record(self, told: Told, files: Sequence[StoredFile]) -> dict[str, Any]:
+        record: dict[str, Any] = {
             "model": told.model_id,
             "version": told.version,
             "type": told.metadata.type,
@@ -240,8 +268,22 @@ class Mirror:
         }
         if told.revision > 1:
             record["revision"] = told.revision
+        try:
+            check_record("store", record)
+        except ModelManagerError:  # the metadata has grown since: it comes in an `update`, as it did there
+            record["metadata"] = {"type": told.metadata.type, "version": told.version, "description": "", "tags": []}
         return record
 
 
 def _end_of(pull: Pull) -> dict[str, Any]:
     return {"model": pull.model, "version": pull.version, "replicaOf": pull.origin}
+
+
+def _is_of(entry: VersionEntry, told: Told) -> bool:
+    """Whether it is a copy of that very version, and not of one by this name that was purged."""
+    return (entry.checksum, entry.type, entry.created, entry.since) == (
+        told.sha256,
+        told.metadata.type,
+        told.created_ms,
+        told.since_ms,
+    )

@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from schemas.errors import ModelManagerError
-from schemas.ids import LATEST, MAX_ALIASES, MAX_INTEGER, Alias, Digest, ModelId, Rack, Version, hex_of
-from schemas.model import Metadata
+from schemas.ids import (
+    LATEST,
+    MAX_ALIASES,
+    MAX_FILES,
+    MAX_INTEGER,
+    Alias,
+    Digest,
+    FilePath,
+    ModelId,
+    Rack,
+    Version,
+    check_paths,
+    hex_of,
+)
+from schemas.model import Metadata, version_digest
 from schemas.rpc import ChangesReply, GetModelReply, ListReply, MetadataReply, PingReply
 
 
@@ -45,26 +58,24 @@ class Peers(Protocol):
     async def close(self) -> None: ...
 
 
-class Told(BaseModel):
-    """A version as its origin tells it. Built from a reply about it or an entry of a listing; other members are passed
-    over, since that rack may run a later program."""
+def _ours(moment: datetime) -> datetime:
+    if not 0 <= moment.timestamp() * 1000 <= MAX_INTEGER:
+        raise ValueError("is no time that a journal can hold")
+    return moment
+
+
+Time = Annotated[AwareDatetime, AfterValidator(_ours)]
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
+T = TypeVar("T", bound="_Tale")
+
+
+class _Tale(BaseModel):
+    """Something that another rack tells; members that are not known are passed over: it may run a later program."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, alias_generator=to_camel, populate_by_name=True)
 
-    model_id: ModelId
-    version: Version
-    checksum: Digest
-    size: Annotated[int, Field(ge=0, le=MAX_INTEGER)]
-    created_at: AwareDatetime
-    model_created_at: AwareDatetime
-    revision: Annotated[int, Field(ge=1, le=MAX_INTEGER)]
-    aliases: Annotated[list[Alias], Field(max_length=MAX_ALIASES)]
-    origin: Rack
-    replicas: list[Rack]
-    metadata: Metadata
-
     @classmethod
-    def of(cls, reply: Mapping[str, Any]) -> Told:
+    def of(cls: type[T], reply: Mapping[str, Any]) -> T:
         """ERR_INTERNAL if it is not what a rack may tell."""
         try:
             return cls.model_validate(reply)
@@ -72,6 +83,59 @@ class Told(BaseModel):
             problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
             place = ".".join(map(str, problem["loc"]))
             raise ModelManagerError("ERR_INTERNAL", f"A rack tells what cannot be: {place}: {problem['msg']}") from None
+
+
+class Head(_Tale):
+    """How far a rack's journal is: from `ping`."""
+
+    registry_id: str
+    epoch: Count
+    head: Count
+
+
+class Changes(_Tale):
+    """A page of a rack's changes."""
+
+    registry_id: str
+    head: Count
+    next: Count
+    changes: list[dict[str, Any]]
+
+
+class Given(_Tale):
+    """A file that a rack gives."""
+
+    path: FilePath
+    size: Count
+    checksum: Digest
+    url: str
+
+    @property
+    def sha256(self) -> str:
+        """The checksum in hex."""
+        return hex_of(self.checksum)
+
+
+class Files(_Tale):
+    """The files of a version, with the addresses of their bytes: from `getModel`."""
+
+    files: Annotated[list[Given], Field(min_length=1, max_length=MAX_FILES)]
+
+
+class Told(_Tale):
+    """A version as its origin tells it, in a reply about it or an entry of a listing."""
+
+    model_id: ModelId
+    version: Version
+    checksum: Digest
+    size: Count
+    created_at: Time
+    model_created_at: Time
+    revision: Count
+    aliases: Annotated[list[Alias], Field(max_length=MAX_ALIASES)]
+    origin: Rack
+    replicas: list[Rack]
+    metadata: Metadata
 
     @property
     def sha256(self) -> str:
@@ -118,6 +182,22 @@ async def ask(peers: Peers, origin: str, model: str, version: str) -> Told | Gon
     if told.origin != origin:
         raise ModelManagerError("ERR_INTERNAL", f"{origin} tells that {model} is of {told.origin}.")
     return told
+
+
+async def locate(peers: Peers, rack: str, told: Told) -> list[Given]:
+    """The files of a version with the addresses that a rack gives. ERR_CHECKSUM_MISMATCH if they are not those of what
+    was told, ERR_MODEL_NOT_FOUND if the rack does not have it."""
+    reply = await peers.rack(rack).get_model(told.model_id, told.version, delivery="url")
+    files = Files.of(reply).files
+    manifest = [(file.path, file.size, file.sha256) for file in files]
+    try:
+        check_paths(file.path for file in files)
+    except ValueError as error:
+        raise ModelManagerError("ERR_INTERNAL", f"A rack tells what cannot be: {error}.") from None
+    actual = files[0].sha256 if len(files) == 1 else version_digest(manifest)
+    if actual != told.sha256 or sum(file.size for file in files) != told.size:
+        raise ModelManagerError("ERR_CHECKSUM_MISMATCH", f"{rack} has other files under that name.")
+    return files
 
 
 def _unix_ms(text: Any) -> int | None:

@@ -17,29 +17,23 @@ from typing import Any
 import structlog
 
 from schemas.errors import ModelManagerError
-from schemas.ids import hex_of
 from schemas.journal import StoredFile
-from schemas.model import DeliveredFile
-from schemas.rpc import GetModelReply
+from schemas.model import media_type
 from worker.catalog.replicas import Pull
-from worker.catalog.table import DELETED, FORGOTTEN, QUARANTINED
-from worker.client.pull import checked_files
-from worker.journal import Entry
+from worker.catalog.table import QUARANTINED, REPLICA
+from worker.journal import Entry, JournalDamaged
 from worker.pins import Pins, pinned
 from worker.policy import Policy
-from worker.registry import Change, Registry
+from worker.registry import Registry
 from worker.replication.mirror import Mirror
-from worker.replication.peers import Gone, Peers, Told, ask
-from worker.storage.blobstore import BlobInfo, BlobStore
+from worker.replication.peers import Given, Gone, Peers, Told, ask, locate
+from worker.replication.schedule import Schedule, Trial
+from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore
 
 _log = structlog.get_logger()
 
 _BROKEN_MOST = 5  # times in a row that a transfer breaks without a byte in between
-_FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 60.0
-# After what this rack does not take, or what is wrong everywhere: its bytes may have come for nothing.
-_FIRST_REFUSED_PAUSE_S = 600.0
-_LONGEST_REFUSED_PAUSE_S = 86_400.0
+_LOOK_AGAIN_S = 10.0
 
 Refuse = Callable[[str, Sequence[StoredFile]], Awaitable[None]]
 
@@ -52,16 +46,6 @@ class PullObserver:
 
     def received(self, rack: str, count: int) -> None:
         """Bytes came from a rack."""
-
-
-@dataclass(slots=True)
-class _Trial:
-    """How a pull went so far: `due` in seconds of `time.monotonic`, `received` in bytes."""
-
-    failures: int = 0
-    due: float = 0.0
-    received: int = 0
-    error: ModelManagerError | None = None
 
 
 class Puller:
@@ -87,29 +71,34 @@ class Puller:
         self._refuse = refuse
         self._places = places
         self._observe = observe
-        self._running: dict[str, asyncio.Task[None]] = {}  # by model in lower case
-        self._trials: dict[int, _Trial] = {}  # by the sequence of the pull
+        self._running: set[asyncio.Task[None]] = set()
+        self._schedule = Schedule(())
         self._spoiled: set[tuple[str, str]] = set()
         self._wake = asyncio.Event()
         registry.listen(self._on_entry)
 
     def _on_entry(self, entry: Entry) -> None:
+        record = entry.record
         if entry.op == "pull.begin":
-            self._wake.set()
-        elif entry.op == "update" and "replicaOf" in entry.record and entry.record["state"] == "quarantined":
-            self._spoiled.add((entry.record["model"], entry.record["version"]))
+            pull = self._registry.catalog.replicas.pull_of(record["model"], record["version"])
+            if pull is not None:
+                self._schedule.add(pull)
+                self._wake.set()
+        elif entry.op == "pull.end":
+            self._schedule.end(record["model"], record["version"])
+        elif entry.op == "update" and "replicaOf" in record and record["state"] == "quarantined":
+            self._spoiled.add((record["model"], record["version"]))
             self._wake.set()
 
     def state_of(self, model: str, version: str) -> dict[str, Any]:
         """What to tell of a version that is not here yet; empty if it is not awaited."""
-        pull = self._registry.catalog.replicas.pull_of(model, version)
-        if pull is None:
+        trial = self._schedule.trial_of(model, version)
+        if trial is None:
             return {}
-        trial = self._trials.get(pull.sequence, _Trial())
         state: dict[str, Any] = {
             "state": "pending",
-            "origin": pull.origin,
-            "size": pull.size,
+            "origin": trial.pull.origin,
+            "size": trial.pull.size,
             "received": trial.received,
         }
         if trial.error is not None:
@@ -118,137 +107,95 @@ class Puller:
 
     def hurry(self, model: str, version: str) -> None:
         """The version has changed at its origin: what failed is tried again now."""
-        pull = self._registry.catalog.replicas.pull_of(model, version)
-        trial = None if pull is None else self._trials.get(pull.sequence)
-        if trial is not None and trial.due:
-            trial.failures, trial.due = 0, 0.0
+        if self._schedule.hurry(model, version):
             self._wake.set()
 
     @property
     def failing(self) -> int:
         """How many pulls failed when they were tried last."""
-        return sum(trial.error is not None for trial in self._trials.values())
+        return self._schedule.failing.total()
+
+    def hopeful(self, origin: str) -> int:
+        """How many versions of a rack are awaited that have not failed."""
+        return self._registry.catalog.replicas.awaited[origin] - self._schedule.failing[origin]
 
     async def run(self) -> None:
         """Pull until cancelled."""
-        self._find_spoiled()
+        catalog = self._registry.catalog
+        self._schedule = Schedule(catalog.replicas.pulls())
+        for row in catalog.table.rows_with(QUARANTINED | REPLICA):  # of which an earlier process began no pull any more
+            self._spoiled.add((catalog.table.model[row], catalog.table.version[row]))
         try:
             while True:
                 self._wake.clear()
                 await self._pull_spoiled()
-                due = self._start_due()
+                now = time.monotonic()
+                while len(self._running) < self._places and (trial := self._schedule.start(now)) is not None:
+                    self._start(trial)
+                wait_s = self._schedule.wait_s(now)
+                if self._spoiled:
+                    wait_s = min(wait_s or _LOOK_AGAIN_S, _LOOK_AGAIN_S)
                 try:
-                    async with asyncio.timeout(due):
+                    async with asyncio.timeout(wait_s):
                         await self._wake.wait()
                 except TimeoutError:
                     continue
         finally:
-            running = list(self._running.values())
-            for task in running:
+            for task in self._running:
                 task.cancel()
-            if running:
-                await asyncio.wait(running)
-
-    def _find_spoiled(self) -> None:
-        """Copies that an earlier process found to be bad, and died before it began a pull."""
-        catalog = self._registry.catalog
-        table = catalog.table
-        for rows in catalog.replicas.rows.values():
-            for row in rows:
-                if table.state[row] & (QUARANTINED | DELETED | FORGOTTEN) == QUARANTINED:
-                    self._spoiled.add((table.model[row], table.version[row]))
+            if self._running:
+                await asyncio.wait(self._running)
 
     async def _pull_spoiled(self) -> None:
         """Begin a pull for each copy that is quarantined."""
-        while self._spoiled:
-            model, version = self._spoiled.pop()
-
-            def decide(model: str = model, version: str = version) -> Change | None:
-                entry = self._registry.catalog.find(model, version)
-                known = self._registry.catalog.replicas.pull_of(model, version)
-                if entry is None or entry.replica_of is None or not entry.quarantined or known is not None:
-                    return None
-                record = {
-                    "model": model,
-                    "version": version,
-                    "origin": entry.replica_of,
-                    "checksum": entry.checksum,
-                    "size": entry.size,
-                    "since": entry.since,
-                    "replicas": list(entry.replicas),
-                    "replicaOf": entry.replica_of,
-                }
-                return Change("pull.begin", record)
-
+        for model, version in list(self._spoiled):
             try:
-                await self._registry.transact(model.lower(), decide)
+                await self._mirror.mend(model, version)
             except ModelManagerError as error:
                 _log.warning("pull_not_begun", model=model, version=version, code=error.code, reason=error.message)
+                continue
+            except (OSError, KeyError, JournalDamaged) as error:  # its record cannot be read: nobody can mend that here
+                _log.error("pull_not_begun", model=model, version=version, reason=str(error))
+            self._spoiled.discard((model, version))
 
-    def _start_due(self) -> float | None:
-        """Start what may run now; the seconds until another one is due."""
-        now = time.monotonic()
-        due: list[float] = []
-        open_pulls: set[int] = set()
-        for pull in self._registry.catalog.replicas.pulls():
-            open_pulls.add(pull.sequence)
-            trial = self._trials.get(pull.sequence)
-            if trial is not None and trial.due > now:
-                due.append(trial.due)
-            elif len(self._running) < self._places and pull.model.lower() not in self._running:
-                self._start(pull)
-        for sequence in self._trials.keys() - open_pulls:
-            del self._trials[sequence]
-        return max(0.0, min(due) - now) if due else None
+    def _start(self, trial: Trial) -> None:
+        task = asyncio.create_task(self._try(trial), name=f"pull {trial.pull.model}:{trial.pull.version}")
+        self._running.add(task)
 
-    def _start(self, pull: Pull) -> None:
-        key = pull.model.lower()
-        task = asyncio.create_task(self._try(pull), name=f"pull {pull.model}:{pull.version}")
-        self._running[key] = task
-
-        def ended(_: asyncio.Task[None]) -> None:
-            del self._running[key]
+        def ended(task: asyncio.Task[None]) -> None:
+            self._running.discard(task)
             self._wake.set()
 
         task.add_done_callback(ended)
 
-    async def _try(self, pull: Pull) -> None:
-        trial = self._trials.setdefault(pull.sequence, _Trial())
+    async def _try(self, trial: Trial) -> None:
+        pull, error, away = trial.pull, None, False
         trial.received = 0
         try:
             await self._bring(pull, trial)
-        except ModelManagerError as error:
-            self._fail(pull, trial, error)
+        except _Away as failure:
+            error, away = failure.error, True
+        except ModelManagerError as failure:
+            error = failure
         except Exception:  # noqa: BLE001 - whatever a stranger's answer breaks, the others are pulled
             _log.exception("pull_failed", model=pull.model, version=pull.version, origin=pull.origin)
-            self._fail(pull, trial, ModelManagerError("ERR_INTERNAL"))
-        else:
-            self._observe.pulled(pull.origin, None)
-
-    def _fail(self, pull: Pull, trial: _Trial, error: ModelManagerError) -> None:
-        first, longest = (
-            (_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
-            if error.retryable
-            else (_FIRST_REFUSED_PAUSE_S, _LONGEST_REFUSED_PAUSE_S)
-        )
-        pause = min(longest, first * 2 ** min(trial.failures, 16)) * random.uniform(0.5, 1)
-        trial.failures += 1
-        trial.due = time.monotonic() + pause
-        trial.error = error
-        self._observe.pulled(pull.origin, error.code)
-        _log.warning(
-            "pull_postponed",
-            model=pull.model,
-            version=pull.version,
-            origin=pull.origin,
-            code=error.code,
-            reason=error.message,
-            seconds=round(pause, 1),
-        )
+            error = ModelManagerError("ERR_INTERNAL")
+        pause = self._schedule.done(trial, error, away=away)
+        self._observe.pulled(pull.origin, None if error is None else error.code)
+        if error is not None:
+            _log.warning(
+                "pull_postponed",
+                model=pull.model,
+                version=pull.version,
+                origin=pull.origin,
+                code=error.code,
+                reason=error.message,
+                seconds=round(pause, 1),
+            )
 
     # --- one pull ---
 
-    async def _bring(self, pull: Pull, trial: _Trial) -> None:
+    async def _bring(self, pull: Pull, trial: Trial) -> None:
         """Bring the bytes, then make the copy what the origin tells at that moment."""
         told = await self._told(pull)
         if told is None:
@@ -266,7 +213,8 @@ class Puller:
                 if told is None or not await self._mirror.arrive(pull, told, files):
                     return
                 await self._mirror.match(told)
-                await self._mirror.end(pull)
+                if not await self._mirror.end(pull):
+                    raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "The copy has gone bad meanwhile.")
         _log.info("model_replicated", model=pull.model, version=pull.version, origin=pull.origin, size=pull.size)
 
     async def _told(self, pull: Pull, *, in_turn: bool = False) -> Told | None:
@@ -275,7 +223,10 @@ class Puller:
         if not in_turn:
             async with self._mirror.turn(pull.model):
                 return await self._told(pull, in_turn=True)
-        told = await ask(self._peers, pull.origin, pull.model, pull.version)
+        try:
+            told = await ask(self._peers, pull.origin, pull.model, pull.version)
+        except ModelManagerError as error:
+            raise _Away(error) if error.retryable else error from None
         if isinstance(told, Gone):
             await self._mirror.drop(pull.origin, pull.model, pull.version, told)
             return None
@@ -284,7 +235,7 @@ class Puller:
         await self._mirror.match(told)
         return None
 
-    async def _bring_files(self, pull: Pull, told: Told, pins: Pins, trial: _Trial) -> list[StoredFile]:
+    async def _bring_files(self, pull: Pull, told: Told, pins: Pins, trial: Trial) -> list[StoredFile]:
         """The files, with their bytes here and verified, if this rack takes what they hold."""
         brought: dict[str, str] = {}
         files = await self._from_any(pull, told, pins, brought, trial, share=True)
@@ -299,7 +250,7 @@ class Puller:
         return files
 
     async def _from_any(
-        self, pull: Pull, told: Told, pins: Pins, brought: dict[str, str], trial: _Trial, *, share: bool
+        self, pull: Pull, told: Told, pins: Pins, brought: dict[str, str], trial: Trial, *, share: bool
     ) -> list[StoredFile]:
         """The files from the first rack that can give them; `brought` are storage keys by sha256: of what came from one
         rack, no other is asked."""
@@ -309,72 +260,105 @@ class Puller:
                 continue
             try:
                 return await self._from(rack, pull, told, pins, brought, trial, share=share)
+            except _Ours as ours:
+                raise ours.error from None
             except ModelManagerError as error:
-                failure = failure if failure is not None and not failure.retryable else error
                 _log.info("pull_source_failed", model=pull.model, version=pull.version, rack=rack, code=error.code)
+                if failure is None or (error.retryable and not failure.retryable):
+                    failure = error  # what passes is worth to wait for
         assert failure is not None, "a version has an origin"
         raise failure
 
     async def _from(
-        self, rack: str, pull: Pull, told: Told, pins: Pins, brought: dict[str, str], trial: _Trial, *, share: bool
+        self, rack: str, pull: Pull, told: Told, pins: Pins, brought: dict[str, str], trial: Trial, *, share: bool
     ) -> list[StoredFile]:
-        reply = await self._peers.rack(rack).get_model(pull.model, pull.version, delivery="url")
-        files = checked_files(reply)
-        if hex_of(reply["checksum"]) != pull.checksum:
-            raise ModelManagerError("ERR_CHECKSUM_MISMATCH", f"{rack} has other bytes under that name.")
+        files = await locate(self._peers, rack, told)
         info = BlobInfo(format=told.metadata.type, model=pull.model, version=pull.version, rack=self._policy.rack)
         stored: list[StoredFile] = []
         for file in files:
-            sha256 = hex_of(file["checksum"])
-            key = brought.get(sha256) or (await pins.stored(sha256) if share else None)
+            key = brought.get(file.sha256)
+            if key is None and share:
+                key = await self._shared(file, pins)
             if key is None:
                 key = pins.new(self._store.new_key())
-                chunks = _Download(self._peers, rack, reply, file, trial, self._observe).chunks()
-                async with aclosing(chunks):
-                    await self._store.put(
-                        key,
-                        chunks,
-                        info=info,
-                        size=file["size"],
-                        sha256=sha256,
-                        max_size=self._policy.max_model_size,
-                    )
-                brought[sha256] = key
+                download = _Download(self._peers, rack, told, file, trial, self._observe)
+                try:
+                    async with aclosing(download.chunks()) as chunks:
+                        await self._store.put(
+                            key,
+                            chunks,
+                            info=info,
+                            size=file.size,
+                            sha256=file.sha256,
+                            max_size=self._policy.max_model_size,
+                        )
+                except ModelManagerError as error:
+                    if error is download.failure or error.code == "ERR_CHECKSUM_MISMATCH":
+                        raise
+                    raise _Ours(error) from None
+                brought[file.sha256] = key
             stored.append(
                 {
-                    "path": file["path"],
-                    "size": file["size"],
-                    "sha256": sha256,
-                    "mediaType": str(file["mediaType"]),
+                    "path": file.path,
+                    "size": file.size,
+                    "sha256": file.sha256,
+                    "mediaType": media_type(file.path),
                     "key": key,
                 }
             )
         return stored
 
+    async def _shared(self, file: Given, pins: Pins) -> str | None:
+        """The blob here that has these bytes already, if it has as many of them as it should."""
+        key = await pins.stored(file.sha256)
+        if key is None:
+            return None
+        try:
+            return key if (await self._store.stat(key)).size == file.size else None
+        except BlobMissing:
+            return None
+        except ModelManagerError as error:
+            raise _Ours(error) from None
+
+
+@dataclass
+class _Away(Exception):
+    """The origin does not answer."""
+
+    error: ModelManagerError
+
+
+@dataclass
+class _Ours(Exception):
+    """Our own store failed: another rack would not help."""
+
+    error: ModelManagerError
+
 
 class _Download:
     """The bytes of one file from one rack, as one stream, whatever connections break."""
 
-    def __init__(
-        self,
-        peers: Peers,
-        rack: str,
-        reply: GetModelReply,
-        file: DeliveredFile,
-        trial: _Trial,
-        observe: PullObserver,
-    ) -> None:
+    def __init__(self, peers: Peers, rack: str, told: Told, file: Given, trial: Trial, observe: PullObserver) -> None:
         self._peers = peers
         self._rack = rack
-        self._reply = reply
+        self._told = told
         self._file = file
         self._trial = trial
         self._observe = observe
+        self.failure: ModelManagerError | None = None
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         """From the first byte to the last. Each connection goes on where the one before it broke, at a new address."""
-        offset, broken, url = 0, 0, self._file["url"]
-        while offset < self._file["size"]:
+        try:
+            async for chunk in self._chunks():
+                yield chunk
+        except ModelManagerError as error:
+            self.failure = error
+            raise
+
+    async def _chunks(self) -> AsyncGenerator[bytes]:
+        offset, broken, url = 0, 0, self._file.url
+        while offset < self._file.size:
             try:
                 async with aclosing(self._peers.read(url, offset)) as chunks:
                     async for chunk in chunks:
@@ -382,7 +366,7 @@ class _Download:
                         self._trial.received += len(chunk)
                         self._observe.received(self._rack, len(chunk))
                         yield chunk
-                if offset < self._file["size"]:
+                if offset < self._file.size:
                     raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "The transfer ended too early.")
             except ModelManagerError as error:
                 broken += 1
@@ -392,10 +376,7 @@ class _Download:
                 url = await self._new_url()
 
     async def _new_url(self) -> str:
-        reply = await self._peers.rack(self._rack).get_model(
-            self._reply["modelId"], self._reply["version"], delivery="url"
-        )
-        for file in reply["files"]:
-            if (file["path"], file["checksum"]) == (self._file["path"], self._file["checksum"]):
-                return file["url"]
+        for file in await locate(self._peers, self._rack, self._told):
+            if (file.path, file.checksum) == (self._file.path, self._file.checksum):
+                return file.url
         raise ModelManagerError("ERR_CHECKSUM_MISMATCH", f"{self._rack} has other bytes under that name by now.")

@@ -85,9 +85,11 @@ class Replication:
         finally:
             for task in self._running:
                 task.cancel()
-            await asyncio.wait(self._running)
-            await self._peers.close()
-            self._over.set()
+            try:
+                await asyncio.wait(self._running)
+                await self._peers.close()
+            finally:
+                self._over.set()
 
     async def stop(self) -> None:
         """Wait until a `run` that was cancelled is over: nothing is brought any more, and no half of a file is left."""
@@ -98,7 +100,7 @@ class Replication:
         replicas, table = self._registry.catalog.replicas, self._registry.catalog.table
         return {
             "copies": sum(table.count_visible_of(rows) for rows in replicas.rows.values()),
-            "pending": replicas.awaited,
+            "pending": replicas.awaited.total(),
             "failing": self.puller.failing,
             "conflicts": len(table.rows_with(DISPUTED)),
             "following": [_state_of(follower) for follower in self.followers.values()],
@@ -111,7 +113,13 @@ class Replication:
         follower = self.followers.get(rack)
         if follower is None and rack != self._policy.rack and len(self.followers) < _FOLLOWED_MOST:
             follower = Follower(
-                rack, self._policy.rack, self._registry, self.mirror, self._peers, changed=self.puller.hurry
+                rack,
+                self._policy.rack,
+                self._registry,
+                self.mirror,
+                self._peers,
+                changed=self.puller.hurry,
+                hopeful=self.puller.hopeful,
             )
             self.followers[rack] = follower
             self._begin(follower.run(), f"follower of {rack}")

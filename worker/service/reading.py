@@ -116,6 +116,7 @@ class Reading:
             "success": True,
             "rack": self._policy.rack,
             "version": __version__,
+            "registryId": self._registry.journal.registry_id,
             "epoch": self._registry.journal.epoch,
             "head": self._registry.journal.head,
             "ready": self._readiness.ready,
@@ -294,6 +295,7 @@ class Reading:
             if changes or remaining <= 0:
                 return {
                     "success": True,
+                    "registryId": journal.registry_id,
                     "epoch": journal.epoch,
                     "head": journal.head,
                     "changes": changes,

@@ -52,8 +52,9 @@ class Replicating:
         return named
 
     async def watch(self, params: dict[str, Any], progress: Progress) -> Commit:
-        """Wait while the copies that were named come nearer. Changes nothing."""
-        model, version, peers = params["modelId"], params["version"], params["peers"]
+        """Wait while the copies that were named come nearer."""
+        model, version = params["modelId"], params["version"]
+        peers = await self.name(model, version, params.get("peers"))  # mostly done; not so by an earlier program
         entry = await self._registry.look(lambda: self._registry.catalog.resolve(model, version))
         copies = await self._awaited(entry, peers, progress)
         results = [copies[peer].result for peer in peers]

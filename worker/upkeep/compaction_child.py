@@ -108,7 +108,7 @@ def _summary(catalog: Catalog) -> dict[str, Any]:
         "models": catalog.table.models,
         "deleted": len(catalog.deleted),
         "deletedBytes": catalog.deleted_bytes,
-        "aliases": sum(map(len, catalog.aliases.values())),
+        "aliases": len(catalog.aliases),
         "blobs": len(catalog.blobs),
         "blobBytes": catalog.blobs.bytes,
         "openUploads": sum(upload.over is None for upload in catalog.uploads.values()),
