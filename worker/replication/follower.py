@@ -34,7 +34,7 @@ _log = structlog.get_logger()
 _CHANGES_AT_ONCE = 500
 _LISTED_AT_ONCE = 200
 _MODELS_AT_ONCE = 16
-_PULLS_MOST = 10_000  # awaited, of all racks: each takes memory
+_PULLS_MOST = 10_000  # awaited from one rack: each takes memory
 _POLL_S = 60.0
 _RECORD_S = 30.0
 _RECORDED_APART = 10_000  # sequences that concern nothing here
@@ -81,6 +81,7 @@ class Follower:
         self._wake = asyncio.Event()
         cursor = registry.catalog.replicas.cursors.get(origin)
         self._place = None if cursor is None else _Place(cursor.registry, cursor.epoch, cursor.after)
+        self._stale = False  # to be compared, whatever the place
         self._recorded = self._place
         self._recorded_at = time.monotonic()
         self._level_at = time.monotonic()
@@ -112,7 +113,7 @@ class Follower:
 
     def compare(self) -> None:
         """Compare all: something here stood in the way of its models, and is gone."""
-        self._place = None
+        self._stale = True
         self._wake.set()
 
     async def run(self) -> None:
@@ -153,29 +154,40 @@ class Follower:
             await self._record(due=time.monotonic() - _RECORD_S)
 
     async def _catch_up(self) -> None:
+        compared = False
         while True:
-            place = self._place or await self._compare()
-            try:
-                page = Changes.of(await self._peer.get_changes(place.epoch, place.after, limit=_CHANGES_AT_ONCE))
-            except ModelManagerError as error:
-                if error.code != "ERR_CHANGES_GONE":
-                    raise
+            if self._stale or self._place is None:
+                if compared and not self._stale:
+                    raise ModelManagerError("ERR_INTERNAL", "The rack's changes do not begin where it said.")
+                self._stale, compared = False, True
+                self._place = await self._compare()
+                await self._record(due=time.monotonic())  # it was dear
+            place = self._place
+            page = await self._changes_after(place)
+            if page is None:
                 self._place = None
                 continue
-            if page.registry_id != place.registry:  # begun anew from nothing, with epochs that we know from before
-                self._place = None
-                continue
-            if page.next < min(place.after + 1, page.head):
-                raise ModelManagerError("ERR_INTERNAL", "The rack's changes lead nowhere.")
             self.head = page.head
             await self._take(page.changes)
-            if self._place != place:  # it is to be compared
-                continue
             self._place = place._replace(after=page.next)
             await self._record(due=time.monotonic() - _RECORD_S)
             if page.next >= page.head:
                 self._level_at = time.monotonic()
                 return
+
+    async def _changes_after(self, place: _Place) -> Changes | None:
+        """A page of changes; None if the feed does not reach back to there, or has begun anew."""
+        try:
+            page = Changes.of(await self._peer.get_changes(place.epoch, place.after, limit=_CHANGES_AT_ONCE))
+        except ModelManagerError as error:
+            if error.code != "ERR_CHANGES_GONE":
+                raise
+            return None
+        if page.registry_id != place.registry:  # from nothing, with an epoch that we know from before
+            return None
+        if page.next < min(place.after + 1, page.head):
+            raise ModelManagerError("ERR_INTERNAL", "The rack's changes lead nowhere.")
+        return page
 
     async def _record(self, *, due: float) -> None:
         """Record the cursor, unless that was done since `due` (seconds of `time.monotonic`), or what it stands for is
@@ -286,7 +298,6 @@ class Follower:
         take the last copies along.
         """
         catalog = self._registry.catalog
-        self._place = None
         self._passed_over.clear()
         begun = Head.of(await self._peer.ping())
         _log.info("rack_compared", origin=self.origin, epoch=begun.epoch, head=begun.head)
@@ -309,10 +320,8 @@ class Follower:
         unlisted = [(model, {version: False}) for model, version in left]
         await in_lanes(unlisted, self._look_at, lanes=_MODELS_AT_ONCE)
         self.head = begun.head
-        self._place = _Place(begun.registry_id, begun.epoch, begun.head)
-        self._concerned_since = True
-        await self._record(due=time.monotonic())
-        return self._place
+        self._concerned_since, self._recorded = True, None
+        return _Place(begun.registry_id, begun.epoch, begun.head)
 
     async def _disputed(self) -> list[tuple[str, str]]:
         """Model and version of ours that this rack disputes, or has disputed."""

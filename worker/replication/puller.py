@@ -209,10 +209,14 @@ class Puller:
             else:
                 files = list(entry.files)  # an earlier try came as far as that
             async with self._mirror.turn(pull.model):
-                told = await self._told(pull, in_turn=True)
-                if told is None or not await self._mirror.arrive(pull, told, files):
+                now = await self._told(pull, in_turn=True)
+                if now is None:
                     return
-                await self._mirror.match(told)
+                if now.created_at != told.created_at:  # purged meanwhile and stored anew, perhaps under another path
+                    raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "The version was stored anew meanwhile.")
+                if not await self._mirror.arrive(pull, now, files):
+                    return
+                await self._mirror.match(now)
                 if not await self._mirror.end(pull):
                     raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "The copy has gone bad meanwhile.")
         _log.info("model_replicated", model=pull.model, version=pull.version, origin=pull.origin, size=pull.size)
