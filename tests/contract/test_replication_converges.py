@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,8 @@ class World:
         self.network.lost_hints = 0
         for rack in self.racks.values():
             for model, version in told_by(rack):
-                await rack.call("validateModel", {"modelId": model, "version": version, "waitMs": 5000})
+                with suppress(ModelManagerError):  # a copy may be deleted just now
+                    await rack.call("validateModel", {"modelId": model, "version": version, "waitMs": 5000})
             for (model, version), told in told_by(rack).items():
                 for number in range(4 if told["origin"] == rack.name else 0):
                     try:
