@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Callable
 from typing import Any
@@ -223,11 +224,12 @@ async def test_racks_at_rest_write_nothing(start: Start, network: Network, monke
     one, two = await pair(start)
     await one.store_bytes("m", "1", b"x")
     await until(here(two))
-    for _ in range(5):  # until the last cursor is recorded
+    heads = (0, 0)
+    while heads != (heads := (one.registry.journal.head, two.registry.journal.head)):  # the last cursors are recorded
         tell_heads(network, one, two)
         await until(is_level(two, one))
         await until(is_level(one, two))
-    heads = one.registry.journal.head, two.registry.journal.head
+        await asyncio.sleep(0.3)
     for _ in range(20):
         tell_heads(network, one, two)
         await until(is_level(two, one))

@@ -96,7 +96,7 @@ class Mirror:
             return self._next_of_gone(origin, model, version, Gone(purged=True))
         pull = catalog.replicas.pull_of(model, version)
         if (entry is None or entry.quarantined) and (pull is None or pull.checksum != told.sha256):
-            return Change("pull.begin", self._begin(told))
+            return _pull(model, version, origin, told.sha256, told.size, told.since_ms, told.replicas)
         if entry is None:
             return None
         if entry.deleted_at is not None:
@@ -176,18 +176,6 @@ class Mirror:
             record["until"] = gone.until or now + int(self._policy.undo_s * 1000)
         return record
 
-    def _begin(self, told: Told) -> dict[str, Any]:
-        return {
-            "model": told.model_id,
-            "version": told.version,
-            "origin": told.origin,
-            "checksum": told.sha256,
-            "size": told.size,
-            "since": told.since_ms,
-            "replicas": told.replicas,
-            "replicaOf": told.origin,
-        }
-
     def _record(self, entry: VersionEntry, **members: Any) -> dict[str, Any]:
         return {"model": entry.model, **members, "replicaOf": entry.replica_of}
 
@@ -237,17 +225,8 @@ class Mirror:
                 return None
             if catalog.replicas.pull_of(model, version) is not None:
                 return None
-            record = {
-                "model": model,
-                "version": version,
-                "origin": entry.replica_of,
-                "checksum": entry.checksum,
-                "size": entry.size,
-                "since": entry.since,
-                "replicas": list(entry.replicas),
-                "replicaOf": entry.replica_of,
-            }
-            return Change("pull.begin", record)
+            origin, replicas = entry.replica_of, list(entry.replicas)
+            return _pull(model, version, origin, entry.checksum, entry.size, entry.since, replicas)
 
         await self._registry.transact(model.lower(), decide)
 
@@ -273,6 +252,21 @@ class Mirror:
         except ModelManagerError:  # the metadata has grown since: it comes in an `update`, as it did there
             record["metadata"] = {"type": told.metadata.type, "version": told.version, "description": "", "tags": []}
         return record
+
+
+def _pull(model: str, version: str, origin: str, checksum: str, size: int, since: int, replicas: list[str]) -> Change:
+    """The begin of a pull; `checksum` is sha256 in hex."""
+    record: dict[str, Any] = {
+        "model": model,
+        "version": version,
+        "origin": origin,
+        "checksum": checksum,
+        "size": size,
+        "since": since,
+        "replicas": replicas,
+        "replicaOf": origin,
+    }
+    return Change("pull.begin", record)
 
 
 def _end_of(pull: Pull) -> dict[str, Any]:
