@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from schemas.journal import Blob, StoredFile
+from worker.catalog.parted import PartedDict
 from worker.catalog.records import IndexedFile
 from worker.catalog.table import NO_ROW
 
@@ -57,9 +58,9 @@ class BlobIndex:
         self._settled_rows = 0
         # Since then, and what uploads need.
         # key -> uses; sha256 and size once the bytes are there; the row that used it first, if one did
-        self._held: dict[str, tuple[int, str, int, int]] = {}
+        self._held = PartedDict[tuple[int, str, int, int]]()
         self._later_rows: dict[str, list[int]] = {}  # key -> the rows that used it after that
-        self._keys_of: dict[str, tuple[str, ...]] = {}
+        self._keys_of = PartedDict[tuple[str, ...]]()
         self._unneeded: set[str] = set()
         # By row: what `note` was told last.
         self.wrong: dict[int, Sequence[str]] = {}
@@ -195,10 +196,11 @@ class BlobIndex:
 
     def use(self, files: Sequence[Blob] | Sequence[StoredFile], row: int = NO_ROW) -> None:
         """Count a use of each file's blob, whose bytes are there and verified: by a version, or by an upload."""
-        held, keys_of, unneeded = self._held, self._keys_of, self._unneeded
+        held_with, keys_with, unneeded = self._held.part, self._keys_of.part, self._unneeded
         settled = self._settled_among([file["key"] for file in files]) if len(files) > _FEW_FILES else None
         for file in files:
             key, sha256, size = file["key"], file["sha256"], file["size"]
+            held, keys_of = held_with(key), keys_with(sha256)
             uses, known, _, first = held.get(key, _NOT_HELD)
             if not known and not (self._settled_uses(key) if settled is None else key in settled):
                 self._count += 1
@@ -218,21 +220,24 @@ class BlobIndex:
     def hold(self, keys: Sequence[str]) -> None:
         """Count a use of each key, whether its bytes are there or still to come."""
         for key in keys:
-            uses, sha256, size, first = self._held.get(key, _NOT_HELD)
-            self._held[key] = (uses + 1, sha256, size, first)
+            held = self._held.part(key)
+            uses, sha256, size, first = held.get(key, _NOT_HELD)
+            held[key] = (uses + 1, sha256, size, first)
         self._unneeded.difference_update(keys)
 
     def release(self, keys: Iterable[str]) -> None:
         """Take back a use of each key that `use` or `hold` counted."""
         for key in keys:
-            uses, sha256, size, first = self._held.pop(key)
+            held = self._held.part(key)
+            uses, sha256, size, first = held.pop(key)
             if uses > 1:
-                self._held[key] = (uses - 1, sha256, size, first)
+                held[key] = (uses - 1, sha256, size, first)
                 continue
             self._later_rows.pop(key, None)
-            others = tuple(other for other in self._keys_of.pop(sha256, ()) if other != key)
+            keys_of = self._keys_of.part(sha256)
+            others = tuple(other for other in keys_of.pop(sha256, ()) if other != key)
             if others:
-                self._keys_of[sha256] = others
+                keys_of[sha256] = others
             if not self._settled_uses(key):
                 if sha256:
                     self._drop(key, size)
@@ -249,7 +254,7 @@ class BlobIndex:
                 continue
             if key not in self._held:
                 self._drop(key, size)
-            elif not self._held[key][1]:  # it stays for an upload, which counts it when it is completed
+            elif not self._held.part(key)[key][1]:  # it stays for an upload, which counts it when it is completed
                 self._count -= 1
                 self.bytes -= size
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+
+import msgspec
 
 REMEMBERED_REQUESTS = 200_000
 REMEMBERED_MS = 24 * 3600 * 1000
 
 
-@dataclass(frozen=True, slots=True)
-class RememberedRequest:
+class RememberedRequest(msgspec.Struct, frozen=True, gc=False):
     """`hash` of the request, `sequence` and time (unix ms) of the record of its effect."""
 
     hash: str

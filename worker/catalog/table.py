@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from worker.catalog.parted import PartedDict
 from worker.catalog.records import IndexedRecord
 
 NO_ROW = 0xFFFF_FFFF
@@ -43,7 +44,7 @@ class VersionTable:
         """The row of the model's version stored next; NO_ROW if it is the newest."""
         self.type_names: list[str] = []
         self._type_codes: dict[str, int] = {}
-        self._newest: dict[str, int] = {}  # by the model's id in lower case: ids are unique ignoring case
+        self._newest = PartedDict[int]()  # by the model's id in lower case: ids are unique ignoring case
         self._version_names: dict[str, str] = {}  # one string object for each name
         self._by_name: dict[str, dict[str, int]] = {}  # of models with more than `_WALKED` versions
         self._seen: dict[str, int] = {}  # how many versions are visible; of models where that was asked
@@ -123,7 +124,8 @@ class VersionTable:
         row, key = len(self.model), model.lower()
         if key == model:
             key = model
-        before = self._newest.get(key, NO_ROW)
+        newest = self._newest.part(key)
+        before = newest.get(key, NO_ROW)
         seen = before == NO_ROW
         if not seen:
             model = self.model[before]  # one string object for all versions
@@ -136,7 +138,7 @@ class VersionTable:
         self.state.append(0)
         self.model.append(model)
         self.older.append(before)
-        self._newest[key] = row
+        newest[key] = row
         self.version.append(self._version_names.setdefault(version, version))
         code = self._type_codes.get(kind)
         self.type.append(self._code_of(kind) if code is None else code)
@@ -149,7 +151,7 @@ class VersionTable:
     def extend(self, records: Sequence[IndexedRecord], sequences: Sequence[int]) -> int:
         """As `append` for each record, in fewer steps: how many models are seen now that had no visible version."""
         first, count = len(self.model), len(records)
-        newest, model, older, newer = self._newest, self.model, self.older, self.newer
+        part_of, model, older, newer = self._newest.part, self.model, self.older, self.newer
         state, counted, intern = self.state, self._seen, self._version_names.setdefault
         names = [record.model for record in records]
         keys = _lowered(names)
@@ -158,6 +160,7 @@ class VersionTable:
         state.extend(bytes(count))
         seen = 0
         for row, name, key in zip(range(first, first + count), names, keys, strict=True):
+            newest = part_of(key)
             before = newest.get(key, NO_ROW)
             if before == NO_ROW:
                 seen += 1
@@ -197,9 +200,9 @@ class VersionTable:
         if newer != NO_ROW:
             self.older[newer] = older
         elif older != NO_ROW:
-            self._newest[key] = older
+            self._newest.part(key)[key] = older
         else:
-            for by_model in (self._newest, self._by_name, self._seen):
+            for by_model in (self._newest.part(key), self._by_name, self._seen):
                 by_model.pop(key, None)
         names = self._by_name.get(key)
         if names is not None and names.get(self.version[row]) == row:
@@ -305,11 +308,10 @@ class VersionTable:
         self.newer = array("I", newer[:-1].tobytes())
         newest = np.zeros(len(models), np.int64)  # one more than the row, so that 0 is none
         np.maximum.at(newest, np.frombuffer(places, np.uint32)[kept], kept + 1)
-        self._newest = {
-            model if model.islower() else model.lower(): row - 1
-            for model, row in zip(models, newest.tolist(), strict=True)
-            if row
-        }
+        for model, row in zip(models, newest.tolist(), strict=True):
+            if row:
+                key = model if model.islower() else model.lower()
+                self._newest.part(key)[key] = row - 1
 
 
 def _lowered(names: list[str]) -> list[str]:
