@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -23,10 +24,11 @@ import structlog
 from schemas.errors import ModelManagerError
 from schemas.journal import Idempotency
 from worker.catalog.catalog import Catalog
+from worker.catalog.extracts import Extract, extract
 from worker.catalog.records import IndexedBlock, IndexedRecord
 from worker.catalog.retention import frees_room
 from worker.catalog.snapshot import load_catalog
-from worker.journal import Entry, Journal, JournalFailed, JournalObserver, RecordCold, disk_full
+from worker.journal import Entry, Help, Journal, JournalFailed, JournalObserver, RecordCold, disk_full
 
 _log = structlog.get_logger()
 _T = TypeVar("_T")
@@ -75,12 +77,16 @@ class CatalogReplay:
     """A catalog as what a journal is replayed into."""
 
     record = IndexedRecord
+    help: Help | None = Help((sys.executable, "-m", "worker.boot_helper"), Extract)
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
 
-    def take(self, block: IndexedBlock) -> None:
-        self._catalog.take(block)
+    def extract(self, block: IndexedBlock) -> Extract:
+        return extract(block)
+
+    def take(self, extract: Extract) -> None:
+        self._catalog.take(extract)
 
     def load(self, parts: dict[str, memoryview]) -> bool:
         return load_catalog(self._catalog, parts)
@@ -122,8 +128,8 @@ class Registry:
 
     def start(self) -> None:
         """Take writes from now on."""
-        # Often, so that what is walked is still in the processor's cache: 50,000 objects that are not take 30 ms. The old
-        # ones seldom: few cycles arise here.
+        # Often, so that what is walked is still in the processor's cache: 50,000 objects that are not take 30 ms. The
+        # old ones seldom: few cycles arise here.
         gc.set_threshold(2_000, 20, 50)
         self.journal.start(self._on_durable)
 

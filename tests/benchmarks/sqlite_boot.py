@@ -14,6 +14,7 @@ import orjson
 
 from tests.benchmarks.records import key_of, store_record
 from worker.catalog.catalog import Catalog
+from worker.catalog.extracts import extract
 from worker.catalog.records import IndexedFile, IndexedMetadata, IndexedRecord
 from worker.journal.format import FORMAT_VERSION, Line
 
@@ -61,7 +62,7 @@ def seconds_into_catalog(database: Path) -> float:
     with closing(sqlite3.connect(database)) as connection:
         rows = connection.execute(f"SELECT {_INDEXED} FROM versions ORDER BY rowid")
         while block := rows.fetchmany(_ROWS_A_BLOCK):
-            catalog.take(_Block([_line(*row) for row in block]))
+            catalog.take(extract(_Block([_line(*row) for row in block])))
     catalog.settle()
     return time.perf_counter() - began
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from worker.journal import Base, Block, Files, Journal
 from worker.journal.base_index import index_name, write_index
+from worker.journal.boot import replay_base, replay_sealed
 from worker.journal.compaction import write_base
-from worker.journal.replay import replay_base, replay_sealed
 
 LIFE = 1_000_000
 """The records of a life have its number times this and more."""
@@ -41,6 +41,7 @@ class Ledger:
     """What a journal is replayed into: sequence and number of each record, also from the index of a base."""
 
     record = Noted
+    help = None
 
     def __init__(self) -> None:
         self._sequences = array("Q")
@@ -50,10 +51,13 @@ class Ledger:
     def pairs(self) -> list[tuple[int, int]]:
         return list(zip(self._sequences, self._numbers, strict=True))
 
-    def take(self, block: Block[Noted]) -> None:
-        for line in block.lines:
-            self._sequences.append(line.sequence)
-            self._numbers.append(line.record.n)
+    def extract(self, block: Block[Noted]) -> list[tuple[int, int]]:
+        return [(line.sequence, line.record.n) for line in block.lines]
+
+    def take(self, extract: list[tuple[int, int]]) -> None:
+        for sequence, n in extract:
+            self._sequences.append(sequence)
+            self._numbers.append(n)
 
     def load(self, parts: dict[str, memoryview]) -> bool:
         self._sequences.frombytes(parts["ledger"])

@@ -13,8 +13,8 @@ import numpy as np
 from schemas.errors import ModelManagerError
 from worker.journal import SEGMENT_BYTES, EachEntry, Entry, Files, Journal, JournalFailed, base_name
 from worker.journal.base_index import index_name, write_index
+from worker.journal.boot import replay_base, replay_sealed
 from worker.journal.compaction import write_base
-from worker.journal.replay import replay_base, replay_sealed
 
 Record = dict[str, Any]
 

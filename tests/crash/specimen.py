@@ -12,9 +12,9 @@ from pathlib import Path
 from tests.crash.ledger import Ledger, is_passing, rewrite
 from worker.journal import Entry, Files, Journal, JournalObserver, base_name, dump
 from worker.journal.appender import Appender
+from worker.journal.boot import recover
 from worker.journal.compaction import read_written
 from worker.journal.format import encode
-from worker.journal.replay import recover
 from worker.journal.reserve import Reserve
 
 SECTOR_BYTES = 512

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from worker.journal import Entry, Files, Journal, JournalDamaged, JournalObserver, dump, verify
 from worker.journal.appender import Appender
+from worker.journal.boot import recover
 from worker.journal.format import encode
-from worker.journal.replay import recover
 from worker.journal.reserve import Reserve
 
 SECTOR = 512

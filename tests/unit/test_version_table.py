@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from tests.folded import Folded, store
+from worker.catalog.extracts import Names, Run, extract
 from worker.catalog.records import IndexedRecord
 from worker.catalog.sorting import make_order
 from worker.catalog.table import DELETED, NO_ROW, VersionTable
+from worker.journal import Block, Line
 
 VERSIONS = 3000
 
@@ -82,6 +86,12 @@ def test_a_purge_drops_the_aliases_of_its_versions_and_no_others() -> None:
     assert not list(folded.catalog.aliases.items())
 
 
+def run(models: list[str], version: str = "1") -> Run:
+    """That version of each of these models, as a replay stores it."""
+    lines = [Line(1, 1, 1, 0, "store", IndexedRecord(model=model, version=version)) for model in models]
+    return extract(Block(b"", np.empty(0, np.uint64), lines)).runs[0]
+
+
 def loaded(table: VersionTable) -> VersionTable:
     copy = VersionTable()
     copy.load({name: memoryview(bytes(part)) for name, part in table.dumped().items()})
@@ -98,7 +108,7 @@ def test_any_order_of_changes_leaves_what_a_dict_would_say(seed: int) -> None:
         row, seen = table.find(model, version), any(versions.values())
         assert (row != NO_ROW) == (version in versions)
         if row == NO_ROW:
-            assert table.extend([IndexedRecord(model=model, version=version)], [step]) == (not seen)
+            assert table.extend(run([model], version)) == (not seen)
             versions[version] = True
         elif not table.state[row] & DELETED:
             versions[version] = False
@@ -118,15 +128,15 @@ def test_any_order_of_changes_leaves_what_a_dict_would_say(seed: int) -> None:
 @pytest.mark.parametrize("sort", ["modelId", "size"])
 def test_an_order_made_while_rows_are_added_has_the_rows_from_before(sort: str) -> None:
     table = VersionTable()
-    table.extend([IndexedRecord(model=f"m{n}", version="1") for n in range(5)], range(5))
+    table.extend(run([f"m{n}" for n in range(5)]))
     orders = []
+    added = run([f"n{n}" for n in range(5)])
 
-    class Watched(list[IndexedRecord]):
-        def __iter__(self) -> Iterator[IndexedRecord]:
-            for record in super().__iter__():
-                yield record
-                orders.append(make_order(table, sort).filled)
+    class Watched(Names, frozen=True):
+        def spread(self, values: Sequence[Any]) -> list[Any]:
+            orders.append(make_order(table, sort).filled)
+            return super().spread(values)
 
-    table.extend(Watched([IndexedRecord(model=f"n{n}", version="1") for n in range(5)]), range(5, 10))
+    table.extend(msgspec.structs.replace(added, types=Watched(added.types.texts, added.types.places)))
     assert set(orders) == {5}
     assert make_order(table, sort).filled == 10

@@ -15,18 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from schemas.journal import Blob, StoredFile
+from worker.catalog.extracts import Hashes, key_hashes, sha_hashes
 from worker.catalog.parted import PartedDict
-from worker.catalog.records import IndexedFile
 from worker.catalog.table import NO_ROW
 
-_MIX = 0x9E37_79B9_7F4A_7C15
-_KEY_CHARACTERS = 16
-_SHA_WORDS = 4  # of 8 bytes
 _NOT_HELD = (0, "", 0, NO_ROW)
 _FEW_FILES = 4  # up to which each is looked up by itself
 _ROWS_READ = 8  # for one key: where so many versions have bytes that are wrong, they are stored anew
-
-Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class Known(Protocol):
@@ -47,8 +42,6 @@ class BlobIndex:
         self._count = 0
         self._known = known
         # While a journal is replayed: the files of each row, in columns.
-        self._shas: list[str] = []
-        self._keys: list[str] = []
         self._sizes = array("Q")
         self._rows = array("I")
         # After `settle`: the same, sorted by hash.
@@ -81,7 +74,7 @@ class BlobIndex:
         for key in reversed(self._keys_of.get(sha256, ())):
             if self.trusts(key):
                 return key
-        rows = reversed(self._by_sha.rows_of(int(_sha_hashes([sha256])[0])))
+        rows = reversed(self._by_sha.rows_of(int(sha_hashes([sha256])[0])))
         for row in islice((row for row in rows if self._known.has_row(row)), _ROWS_READ):
             for file in self._known.files_of(row):
                 if file["sha256"] == sha256 and self.trusts(file["key"]):
@@ -110,39 +103,31 @@ class BlobIndex:
         return any(self._known.has_row(row) for row in self._settled_rows_of(key))
 
     def _settled_rows_of(self, key: str) -> list[int]:
-        return self._by_key.rows_of(int(_key_hashes([key])[0])) if len(self._by_key.hashes) else []
+        return self._by_key.rows_of(int(key_hashes([key])[0])) if len(self._by_key.hashes) else []
 
     def _settled_among(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys that `_settled_uses` is true of."""
         hashes = self._by_key.hashes
         if not len(hashes):
             return set()
-        wanted = _key_hashes(keys)
+        wanted = key_hashes(keys)
         places = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
         return {keys[at] for at in np.flatnonzero(hashes[places] == wanted).tolist() if self._settled_uses(keys[at])}
 
     # --- folding a replay ---
 
-    def replay(self, first: int, versions: Sequence[Sequence[IndexedFile]]) -> None:
-        """Versions were stored with these files, in the rows from `first` on; before `settle`."""
-        files = [file for version in versions for file in version]
-        self._shas += [file.sha256 for file in files]
-        self._keys += [file.key for file in files]
-        self._sizes.extend([file.size for file in files])
-        self._rows.extend([row for row, version in enumerate(versions, first) for _ in version])
-        if len(self._shas) >= 65_536:
-            self._pack()
-
-    def _pack(self) -> None:
-        """Turn the texts gathered so far into hashes."""
-        self._by_sha.gather(_sha_hashes(self._shas))
-        self._by_key.gather(_key_hashes(self._keys))
-        self._shas.clear()
-        self._keys.clear()
+    def replay(self, first: int, counts: bytes, sizes: bytes, shas: bytes, keys: bytes) -> None:
+        """Versions were stored with as many files as `counts` says of each, in the rows from `first` on, and the files
+        have these sizes and hashes; before `settle`."""
+        self._by_sha.gather(shas)
+        self._by_key.gather(keys)
+        self._sizes.frombytes(sizes)
+        files = np.frombuffer(counts, np.uint32)
+        rows = np.arange(first, first + len(files), dtype=np.uint32)
+        self._rows.frombytes(np.repeat(rows, files).tobytes())
 
     def settle(self, present: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
         """The replay is over, and these rows are there: from now on `use`, `hold`, `release` and `forget` count."""
-        self._pack()
         rows = np.frombuffer(self._rows.tobytes(), np.uint32)
         sizes = np.frombuffer(self._sizes.tobytes(), np.uint64)
         self._rows, self._sizes = array("I"), array("Q")
@@ -268,12 +253,12 @@ class _Hashes:
     """Hashes of texts and the rows they lead to, sorted once all are gathered."""
 
     def __init__(self) -> None:
-        self._gathered: list[Hashes] = []
+        self._gathered = array("Q")
         self.hashes: Hashes = np.empty(0, np.uint64)
         self.rows: np.ndarray[Any, np.dtype[np.uint32]] = np.empty(0, np.uint32)
 
-    def gather(self, hashes: Hashes) -> None:
-        self._gathered.append(hashes)
+    def gather(self, hashes: bytes) -> None:
+        self._gathered.frombytes(hashes)
 
     def load(self, hashes: memoryview, rows: memoryview) -> None:
         self.hashes, self.rows = np.frombuffer(hashes, np.uint64), np.frombuffer(rows, np.uint32)
@@ -281,8 +266,8 @@ class _Hashes:
     def sort(self, rows: np.ndarray[Any, np.dtype[np.uint32]]) -> np.ndarray[Any, Any]:
         """Sort in what was gathered, each with its row: the places it all had before, old ones first."""
         settled = len(self.hashes)
-        hashes = np.concatenate([self.hashes, *self._gathered])
-        self._gathered.clear()
+        hashes = np.concatenate([self.hashes, np.frombuffer(self._gathered.tobytes(), np.uint64)])
+        self._gathered = array("Q")
         # Where most is sorted already, a merge sort only merges.
         order = np.argsort(hashes, kind="stable" if settled else None)
         self.hashes, self.rows = hashes[order], np.concatenate([self.rows, rows])[order]
@@ -295,21 +280,3 @@ class _Hashes:
         end = np.searchsorted(self.hashes, wanted, "right")
         rows: list[int] = np.sort(self.rows[start:end]).tolist()
         return rows
-
-
-def _sha_hashes(shas: Sequence[str]) -> Hashes:
-    """The first 8 bytes of each sha256."""
-    return np.frombuffer(bytes.fromhex("".join(shas)), ">u8")[::_SHA_WORDS].astype(np.uint64)
-
-
-def _key_hashes(keys: Sequence[str]) -> Hashes:
-    """The last 16 characters of each key, which are the random part of a ULID, mixed into one number."""
-    lengths = set(map(len, keys))
-    if len(lengths) == 1 and (length := lengths.pop()) > _KEY_CHARACTERS:  # as nearly always
-        characters = np.frombuffer("".join(keys).encode("latin-1"), np.uint8).reshape(-1, length)
-        pairs = np.ascontiguousarray(characters[:, -_KEY_CHARACTERS:]).view("<u8")
-    else:
-        text = "".join([key[-_KEY_CHARACTERS:].rjust(_KEY_CHARACTERS) for key in keys])
-        pairs = np.frombuffer(text.encode("latin-1"), "<u8").reshape(-1, 2)
-    mixed: Hashes = pairs[:, 0] * np.uint64(_MIX) ^ pairs[:, 1]
-    return mixed

@@ -25,8 +25,9 @@ from worker.catalog.aliases import Aliases
 from worker.catalog.blobs import BlobIndex
 from worker.catalog.entries import Deletion, ModelEntry, VersionEntry
 from worker.catalog.entry_cache import EntryCache
+from worker.catalog.extracts import Extract, Run
 from worker.catalog.order import Order, Rows
-from worker.catalog.records import AppendedEntry, IndexedBlock, IndexedLine, IndexedRecord, IndexedRequest
+from worker.catalog.records import AppendedEntry
 from worker.catalog.replicas import Replicas
 from worker.catalog.requests import RememberedRequest, RememberedRequests
 from worker.catalog.table import DELETED, DISPUTED, FORGOTTEN, NO_ROW, QUARANTINED, REPLICA, VersionTable
@@ -242,51 +243,41 @@ class Catalog:
                 request = RememberedRequest(idem["hash"], entry.sequence, entry.time_ms)
                 self.requests.add(idem["key"], request)
 
-    # What of a record is decoded for `take`.
-    record = IndexedRecord
+    def take(self, extract: Extract) -> None:
+        """Fold what a replay extracted of some lines."""
+        if extract.runs:
+            self.last_ms = extract.last_ms
+            self.time_ms = max(self.time_ms, extract.latest_ms)
+        for run in extract.runs:
+            if run.models:
+                self._take_stores(run)
+            if run.other:
+                line = orjson.loads(run.other)
+                record, sequence, time_ms = line["rec"], line["seq"], line["t"]
+                self._apply[line["op"]](record, sequence, time_ms)
+                if "idem" in record:
+                    self._take_request(record["idem"]["key"], record["idem"]["hash"], sequence, time_ms)
 
-    def take(self, block: IndexedBlock) -> None:
-        """Fold a block of a replay."""
-        lines = block.lines
-        if lines:
-            self.last_ms = lines[-1].time_ms
-            self.time_ms = max(self.time_ms, max([line.time_ms for line in lines]))
-        begin = 0
-        for index in [index for index, line in enumerate(lines) if line.op != "store"]:
-            self._take_stores(lines[begin:index])
-            begin = index + 1
-            line = lines[index]
-            self._apply[line.op](orjson.loads(block.text(index))["rec"], line.sequence, line.time_ms)
-            if line.record.idem is not None:
-                self._take_request(line.record.idem, line)
-        self._take_stores(lines[begin:])
-
-    def _take_stores(self, lines: Sequence[IndexedLine]) -> None:
+    def _take_stores(self, run: Run) -> None:
         """Fold `store` records, column by column: the bulk of a boot."""
-        if not lines:
-            return
-        records = [line.record for line in lines]
         first, by_tag = len(self.table), self.by_tag
-        self.totals.models += self.table.extend(records, [line.sequence for line in lines])
-        self.totals.versions += len(records)
-        self.totals.bytes += sum([record.size for record in records])
+        self.totals.models += self.table.extend(run)
+        self.totals.versions += len(run.models)
+        self.totals.bytes += sum(memoryview(run.sizes).cast("Q"))
         for order in self.orders.values():
             order.add(range(first, len(self.table)))
-        self.blobs.replay(first, [record.files for record in records])
-        for row, tags in enumerate([record.metadata.tags for record in records], first):
-            for tag in tags:
-                by_tag[tag].append(row)
-        for row, record in enumerate(records, first):
-            if record.replica_of:
-                self._take_replica(row, record.replica_of)
-        for line in [line for line in lines if line.record.upload or line.record.idem is not None]:
-            if line.record.upload:
-                self._work.store_upload(line.record.upload, line.sequence, line.time_ms)
-            if line.record.idem is not None:
-                self._take_request(line.record.idem, line)
+        self.blobs.replay(first, run.file_counts, run.file_sizes, run.sha_hashes, run.key_hashes)
+        for tag, rows in run.tags.items():
+            by_tag[tag].extend([first + row for row in memoryview(rows).cast("I")])
+        for row, origin in run.replicas:
+            self._take_replica(first + row, origin)
+        for upload, sequence, time_ms in run.uploads:
+            self._work.store_upload(upload, sequence, time_ms)
+        for key, hash_, sequence, time_ms in run.requests:
+            self._take_request(key, hash_, sequence, time_ms)
 
-    def _take_request(self, request: IndexedRequest, line: IndexedLine) -> None:
-        self.requests.add(request.key, RememberedRequest(request.hash, line.sequence, line.time_ms))
+    def _take_request(self, key: str, hash_: str, sequence: int, time_ms: int) -> None:
+        self.requests.add(key, RememberedRequest(hash_, sequence, time_ms))
 
     def _take_replica(self, row: int, origin: str) -> None:
         self.table.state[row] |= REPLICA

@@ -7,15 +7,15 @@ records, which are read when they are asked for.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import sha256
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from worker.catalog.parted import PartedDict
-from worker.catalog.records import IndexedRecord
+from worker.catalog.extracts import Run
+from worker.catalog.parted import PART_MASK, PartedDict
 
 NO_ROW = 0xFFFF_FFFF
 QUARANTINED, DELETED, FORGOTTEN, REPLICA, DISPUTED = 1, 2, 4, 8, 16
@@ -148,19 +148,18 @@ class VersionTable:
         self.updated.append(0)
         return seen
 
-    def extend(self, records: Sequence[IndexedRecord], sequences: Sequence[int]) -> int:
+    def extend(self, run: Run) -> int:
         """As `append` for each record, in fewer steps: how many models are seen now that had no visible version."""
-        first, count = len(self.model), len(records)
-        part_of, model, older, newer = self._newest.part, self.model, self.older, self.newer
-        state, counted, intern = self.state, self._seen, self._version_names.setdefault
-        names = [record.model for record in records]
+        names = run.models
+        first, count = len(self.model), len(names)
+        parts, model, older, newer = self._newest.parts, self.model, self.older, self.newer
+        state, counted = self.state, self._seen
         keys = _lowered(names)
-        labels = [record.version or "" for record in records]
         newer.extend([NO_ROW] * count)
         state.extend(bytes(count))
         seen = 0
         for row, name, key in zip(range(first, first + count), names, keys, strict=True):
-            newest = part_of(key)
+            newest = parts[hash(key) & PART_MASK]  # as `part`, without a call
             before = newest.get(key, NO_ROW)
             if before == NO_ROW:
                 seen += 1
@@ -172,15 +171,16 @@ class VersionTable:
                     seen += self._see_another(key)
             older.append(before)
             newest[key] = row
+        labels = run.versions.spread([self._version_names.setdefault(label, label) for label in run.versions.texts])
         if self._by_name:
             for row, key, label in zip(range(first, first + count), keys, labels, strict=True):
                 if key in self._by_name:
                     self._by_name[key][label] = row
-        self.version += map(intern, labels, labels)
-        self.type.extend([self._code_of(record.type) for record in records])
-        self.size.extend([record.size for record in records])
-        self.created.extend([record.created for record in records])
-        self.stored.extend(sequences)
+        self.version += labels
+        self.type.extend(run.types.spread([self._code_of(kind) for kind in run.types.texts]))
+        self.size.frombytes(run.sizes)
+        self.created.frombytes(run.created)
+        self.stored.frombytes(run.sequences)
         self.updated.extend(bytes(count))
         return seen
 

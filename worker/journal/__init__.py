@@ -131,6 +131,9 @@ Reading at boot
    active one ends in `seal` and this one holds its `open` line only; else MANIFEST is not the newest one: refuse.
    Every other file that is not named above is moved to `aside/`.
 
+A large file is read in chunks, in several processes: the lines that begin in a range of its bytes can be found, and
+checked against the `crc` in front of the first one, without those before. A line is good if all before it are.
+
 What a cut cannot tell: the loss of exactly the last batch after it was acknowledged looks like a torn write. The `mark`
 line narrows that to one second after a batch.
 
@@ -154,7 +157,7 @@ from worker.journal.journal import SEGMENT_BYTES, Durable, Journal, JournalStats
 from worker.journal.manifest import SealedFile, base_name
 from worker.journal.observer import JournalObserver
 from worker.journal.reconstruction import PointUnreachable, Reconstructed, Reconstruction, Until
-from worker.journal.replay import EachEntry, Replay
+from worker.journal.replay import EachEntry, Help, Replay
 from worker.journal.segment import RecordCold
 from worker.journal.staging import FolderTaken, Staging
 
@@ -168,6 +171,7 @@ __all__ = [
     "Entry",
     "Files",
     "FolderTaken",
+    "Help",
     "Journal",
     "JournalDamaged",
     "JournalFailed",

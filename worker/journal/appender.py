@@ -19,13 +19,13 @@ import orjson
 
 from schemas.errors import ModelManagerError
 from worker.journal.base_index import index_name
+from worker.journal.boot import Recovered, open_line
 from worker.journal.compaction import Base
 from worker.journal.failures import JournalFailed
 from worker.journal.files import Files, SyncFailed, publish, sync, sync_folder, write_all
 from worker.journal.format import CONTROL_OPS, MARK, OPEN, SEAL, make_batch
 from worker.journal.manifest import SealedFile
 from worker.journal.observer import JournalObserver
-from worker.journal.replay import Recovered, open_line
 from worker.journal.reserve import NO_ROOM, Reserve
 from worker.journal.segment import Digest, Segment
 

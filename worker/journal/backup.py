@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 
 import orjson
 
+from worker.journal.boot import STALE_MANIFEST, newer_segment, place_of_base
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files, sync, sync_folder, write_all
 from worker.journal.format import CONTROL_OPS, TAIL_BYTES, CheckedLines, line_decoder, stored_crc
 from worker.journal.inspection import verify
 from worker.journal.lock import LOCK
 from worker.journal.manifest import MANIFEST, SealedFile, is_base, read_manifest, segment_first
-from worker.journal.replay import STALE_MANIFEST, newer_segment, place_of_base
 from worker.journal.segment import Digest
 from worker.journal.torn import judge
 

@@ -10,11 +10,12 @@ from zlib import crc32
 import msgspec
 import numpy as np
 
-from worker.journal.format import CONTROL_OPS, TAIL_BYTES, CheckedLines, Line, stored_crc
+from worker.journal.format import CONTROL_OPS, TAIL_BYTES, CheckedLines, Line
 
 # What a block is decoded to should stay in the processor's cache until it is taken.
-_BLOCK_BYTES = 128 * 1024
+_BLOCK_BYTES = 256 * 1024
 _BLOCK_LINES = 256
+ALL = 1 << 62
 
 _IN_TAIL = np.arange(-TAIL_BYTES, 0)
 
@@ -57,20 +58,18 @@ class CheckedBlocks(Generic[R]):
         self._decode = decoder.decode_lines
         self.lines = lines
 
-    @property
-    def sequence(self) -> int:
-        return self.lines.sequence
-
-    @property
-    def crc(self) -> int:
-        return self.lines.crc
-
     def __iter__(self) -> Iterator[Block[R]]:
-        while data := _whole_lines(self._stream):
+        yield from self.whole(ALL)
+        self._stream.seek(self.lines.offset)  # line by line, to know which it is that does not check
+        yield from self._one_by_one()
+
+    def whole(self, size: int) -> Iterator[Block[R]]:
+        """Those that check as a whole, up to the first that does not, of the lines that begin in the next `size`
+        bytes."""
+        end = self.lines.offset + size
+        while data := _whole_lines(self._stream, end - self.lines.offset):
             block = self._checked(data)
-            if block is None:  # line by line, to know which it is
-                self._stream.seek(self.lines.offset)
-                yield from self._one_by_one()
+            if block is None:
                 return
             yield block
 
@@ -115,33 +114,17 @@ def _joined(texts: list[bytes], decoded: list[Line[R]]) -> Block[R]:
     return Block(b"".join(texts), np.array(starts, np.uint64), decoded)
 
 
-class TrustedBlocks(Generic[R]):
-    """The lines of a file whose checksum as a whole is right.
-
-    When the iteration is over `sequence` and `crc` are those of the last line.
-    """
-
-    def __init__(self, stream: BinaryIO, decoder: msgspec.json.Decoder[Line[R]], *, sequence: int, crc: int) -> None:
-        self._stream = stream
-        self._decode = decoder.decode_lines
-        self.sequence = sequence
-        self.crc = crc
-
-    def __iter__(self) -> Iterator[Block[R]]:
-        block: Block[R] | None = None
-        while data := _whole_lines(self._stream):
-            block = Block(data, _starts(data), self._decode(data))
-            yield block
-        if block is not None:
-            self.sequence = block.lines[-1].sequence
-            stored = stored_crc(block.text(len(block.lines) - 1))
-            self.crc = self.crc if stored is None else stored
+def trusted_blocks(stream: BinaryIO, decoder: msgspec.json.Decoder[Line[R]], size: int) -> Iterator[Block[R]]:
+    """The lines that begin in the next `size` bytes of a file whose checksum as a whole is right."""
+    while data := _whole_lines(stream, size):
+        size -= len(data)
+        yield Block(data, _starts(data), decoder.decode_lines(data))
 
 
-def _whole_lines(stream: BinaryIO) -> bytes:
-    """The next ones; nothing at the end of the file. The last one may be cut."""
-    data = stream.read(_BLOCK_BYTES)
-    return data if data.endswith(b"\n") else data + stream.readline()
+def _whole_lines(stream: BinaryIO, size: int) -> bytes:
+    """Some that begin in the next `size` bytes; nothing at the end of the file. The last one may be cut."""
+    data = stream.read(max(0, min(size, _BLOCK_BYTES)))
+    return data if not data or data.endswith(b"\n") else data + stream.readline()
 
 
 def _tails(crcs: list[int]) -> np.ndarray[Any, np.dtype[np.uint8]]:

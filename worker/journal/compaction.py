@@ -13,10 +13,10 @@ import numpy as np
 import orjson
 
 from worker.journal.base_index import index_name, read_index
+from worker.journal.boot import Place, Sealed
 from worker.journal.files import Files, sync, write_all
 from worker.journal.format import FORMAT_VERSION, TAIL_BYTES, make_line
 from worker.journal.manifest import Manifest, SealedFile
-from worker.journal.replay import Place, Sealed
 from worker.journal.segment import Digest, Segment
 
 _SYNC_BYTES = 256 * 1024

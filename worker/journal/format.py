@@ -23,7 +23,7 @@ CONTROL_OPS = frozenset({OPEN, SEAL, MARK})
 
 # More than the members before `op`, with numbers of 19 digits, and the tail need.
 _AROUND_PAYLOAD_BYTES = 128
-_BATCH = re.compile(rb'\{"v":1,"seq":[0-9]+,"b":([0-9]+),')
+_SEQUENCE_BATCH = re.compile(rb'\{"v":1,"seq":([0-9]+),"b":([0-9]+),')
 _STORED_CRC = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n')
 
 # A record is plain JSON, so that a replay gives back what was appended; orjson would quietly convert these.
@@ -129,7 +129,13 @@ def stored_crc(line: bytes) -> int | None:
 
 def stored_batch(line: bytes) -> int | None:
     """The batch number that stands in `line`; None if there is none."""
-    found = _BATCH.match(line)
+    found = _SEQUENCE_BATCH.match(line)
+    return int(found[2]) if found else None
+
+
+def stored_sequence(line: bytes) -> int | None:
+    """The sequence that stands in `line`; None if there is none."""
+    found = _SEQUENCE_BATCH.match(line)
     return int(found[1]) if found else None
 
 

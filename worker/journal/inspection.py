@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from worker.journal.boot import STALE_MANIFEST, Place, newer_segment, open_fault, place_of_base
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files
 from worker.journal.format import CONTROL_OPS, CheckedLines, Entry, Line, line_decoder
 from worker.journal.manifest import SealedFile, is_base, read_manifest
-from worker.journal.replay import STALE_MANIFEST, Place, newer_segment, open_fault, place_of_base
 from worker.journal.segment import Digest
 from worker.journal.torn import judge
 

@@ -13,6 +13,7 @@ from typing import Any
 from schemas.errors import ModelManagerError
 from worker.journal.appender import Appender
 from worker.journal.base_index import index_name
+from worker.journal.boot import Recovered, recover
 from worker.journal.compaction import Base, read_written
 from worker.journal.failures import JournalFailed, disk_full
 from worker.journal.files import Files, SyncFailed
@@ -21,7 +22,7 @@ from worker.journal.lock import FolderLock
 from worker.journal.lookups import Lookups
 from worker.journal.manifest import Manifest
 from worker.journal.observer import JournalObserver
-from worker.journal.replay import Recovered, Replay, recover
+from worker.journal.replay import Replay
 from worker.journal.reserve import RESERVE_BYTES, Reserve
 from worker.journal.room import Room
 from worker.journal.superseded import Superseded
@@ -100,7 +101,7 @@ class Journal:
         cls,
         folder: Path,
         *,
-        replay: Replay[Any] | Callable[[Entry], object],
+        replay: Replay[Any, Any] | Callable[[Entry], object],
         frees: Callable[[str, dict[str, Any]], bool] = lambda op, record: False,
         segment_bytes: int = SEGMENT_BYTES,
         reserve_bytes: int = RESERVE_BYTES,
@@ -415,7 +416,7 @@ class Journal:
 
 
 def _recover_without_collections(
-    files: Files, folder: Path, replay: Replay[Any] | Callable[[Entry], object], clock: Callable[[], float]
+    files: Files, folder: Path, replay: Replay[Any, Any] | Callable[[Entry], object], clock: Callable[[], float]
 ) -> Recovered:
     # The collector would walk the growing catalog again and again, which takes longer than all the rest of a boot; what
     # a replay makes stays for good, so later collections are spared it too.

@@ -11,11 +11,11 @@ from typing import Any, BinaryIO, NoReturn
 
 import orjson
 
+from worker.journal.boot import Place, open_fault, open_line, place_of_base
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files, publish, sync, write_all
 from worker.journal.format import CONTROL_OPS, SEAL, CheckedLines, Line, line_decoder, make_line
 from worker.journal.manifest import Manifest, SealedFile, is_base, segment_first, segment_name
-from worker.journal.replay import Place, open_fault, open_line, place_of_base
 from worker.journal.segment import Digest
 
 _DISK = Files()

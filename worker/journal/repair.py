@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from worker.journal.boot import Place, open_line, replay_base
 from worker.journal.compaction import Base, write_bodies
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files, publish, sync_folder
@@ -27,7 +28,7 @@ from worker.journal.manifest import (
     segment_first,
     segment_name,
 )
-from worker.journal.replay import EachEntry, Place, open_line, replay_base
+from worker.journal.replay import EachEntry
 from worker.journal.salvage import SalvagedFile, Stretch, UnknownFormat, salvage
 from worker.journal.segment import Digest
 from worker.journal.tidying import free_name

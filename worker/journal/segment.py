@@ -14,7 +14,6 @@ from zlib import crc32
 import numpy as np
 import orjson
 
-from worker.journal.blocks import Block
 from worker.journal.failures import JournalDamaged
 from worker.journal.files import Files
 from worker.journal.format import (
@@ -27,6 +26,7 @@ from worker.journal.format import (
     stored_crc,
 )
 from worker.journal.manifest import SealedFile, segment_name
+from worker.journal.portions import Portion
 
 _BLOCK_BYTES = 1024 * 1024
 _COPIED_BYTES = 512 * 1024
@@ -109,12 +109,12 @@ class Segment:
         if self._sequences is not None:
             self._sequences.extend(sequences)
 
-    def add(self, block: Block[Any]) -> None:
-        """The lines of the block come next."""
-        self._offsets.frombytes((block.starts + np.uint64(self.size)).tobytes())
+    def add(self, portion: Portion[Any]) -> None:
+        """The lines of the portion come next."""
+        self._offsets.frombytes((np.frombuffer(portion.starts, np.uint64) + np.uint64(self.size)).tobytes())
         if self._sequences is not None:
-            self._sequences.extend([line.sequence for line in block.lines])
-        self.size += block.size
+            self._sequences.frombytes(portion.sequences)
+        self.size += portion.size
 
     def adopt(self, sequences: memoryview, offsets: memoryview, *, records: int) -> None:
         """Take a base's lines as its index has them: what `dumped` gave."""

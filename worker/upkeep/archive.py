@@ -17,9 +17,9 @@ import structlog
 
 from schemas.errors import ModelManagerError
 from worker.journal import Durable, Journal, SealedFile
+from worker.journal.boot import place_of_base
 from worker.journal.format import TAIL_BYTES
 from worker.journal.manifest import is_base, segment_first
-from worker.journal.replay import place_of_base
 from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore
 from worker.upkeep.archive_layout import (
     ROOT,

@@ -24,9 +24,9 @@ from worker.catalog.catalog import Catalog
 from worker.catalog.retention import retained
 from worker.catalog.snapshot import dump_catalog
 from worker.journal.base_index import index_name, write_index
+from worker.journal.boot import replay_base, replay_sealed
 from worker.journal.compaction import Base, kept_bytes, write_base
 from worker.journal.files import Files
-from worker.journal.replay import replay_base, replay_sealed
 from worker.registry import CatalogReplay
 
 # Where the system knows no class below all others.
