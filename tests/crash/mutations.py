@@ -20,6 +20,7 @@ JOURNAL = Path("worker/journal")
 TESTS = (
     "tests/faults/test_journal_crashes.py",
     "tests/faults/test_journal_damage.py",
+    "tests/faults/test_journal_chunks.py",
     "tests/faults/test_journal_disk.py",
     "tests/faults/test_journal_repair.py",
     "tests/contract/test_journal.py",
@@ -36,7 +37,7 @@ _COPIED = ("worker", "schemas", "tests", "deploy", "config", "pyproject.toml", "
 _STATEMENT = re.compile(r"^(\s+)(sync\(|sync_folder\(|files\.rename\(|self\._files\.rename\().*\)$")
 _COMPARISON = re.compile(
     r"^(\s+)(el)?if (.*not checks\(.*|not data\.endswith\(b',.*|not np\.array_equal\(.*|not check_size_and_crc\(.*"
-    r"|not sound\.result\(\)|Digest\.of\(.*|.*crc32\(data\) != .*):$"
+    r"|not sound\.result\(\)|Digest\.of\(.*|.*crc32\(data\) != .*|\(portion\.offset, .*):$"
 )
 
 
