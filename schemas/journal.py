@@ -186,6 +186,15 @@ class PullBeginRecord(Record):
     replicas: list[str]
 
 
+class PullBringRecord(Record):
+    """op `pull.bring`: a file of a version that is pulled is here, verified, and need not be brought again. The blob is
+    kept until the pull is over."""
+
+    model: str
+    version: str
+    file: Blob
+
+
 class PullEndRecord(Record):
     """op `pull.end`: the version is here, as it is at its origin, or is not to be here any more."""
 
@@ -215,6 +224,7 @@ RECORDS: dict[str, type] = {
     "job.begin": JobBeginRecord,
     "job.end": JobEndRecord,
     "pull.begin": PullBeginRecord,
+    "pull.bring": PullBringRecord,
     "pull.end": PullEndRecord,
     "follow": FollowRecord,
 }

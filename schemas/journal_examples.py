@@ -119,6 +119,12 @@ RECORD_EXAMPLES: dict[str, JSON] = {
         "replicas": [RACK],
         "replicaOf": "rack-2",
     },
+    "pull.bring": {
+        "model": "acme/words",
+        "version": "2.1.0",
+        "file": {"size": 5, "sha256": sha256_of(b"words"), "key": f"blobs/{'0' * 26}"},
+        "replicaOf": "rack-2",
+    },
     "pull.end": {"model": "acme/words", "version": "2.1.0", "replicaOf": "rack-2"},
     "follow": {"origin": "rack-2", "registry": "5f0c1e6a9b7d4c2e8a3f6d1b0c9e7a52", "epoch": 1, "after": 4711},
 }

@@ -29,6 +29,7 @@ def view(registry: Registry) -> dict[str, Any]:
     keys = {file["key"] for entry in known for file in (*entry.files, *entry.moved)} | {
         key for entry in known for key in entry.wrong
     }
+    keys |= {file["key"] for _, file, _ in catalog.replicas.brought()}
     blobs = {key: (catalog.blobs.needs(key), catalog.blobs.trusts(key)) for key in keys}
     return {
         "versions": versions,
@@ -38,6 +39,9 @@ def view(registry: Registry) -> dict[str, Any]:
         "jobs": {job.id: job.state for job in catalog.jobs.values()},
         "types": {name: count for name, count in catalog.table.type_counts().items() if count},
         "pulls": sorted((pull.model, pull.version, pull.origin, pull.sequence) for pull in catalog.replicas.pulls()),
+        "brought": sorted(
+            (pull.model, pull.version, file["key"], sequence) for pull, file, sequence in catalog.replicas.brought()
+        ),
         "awaited": +catalog.replicas.awaited,
         "cursors": dict(catalog.replicas.cursors),
         "copies": {

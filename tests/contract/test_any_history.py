@@ -41,6 +41,7 @@ OPERATIONS = st.lists(
             + ["update", "delete", "delete all", "purge", "restore", "alias", "no alias", "upload", "abort"]
             + ["replicate", "validate", "rot", "rot", "store again", "store again", "rotate", "compact"]
             + ["told"] * 4
+            + ["brought"] * 2
             + ["arrives", "arrives", "gone", "purged there", "spoiled", "follow"]
         ),
         st.sampled_from(["a", "b", "org/c"]),
@@ -122,7 +123,7 @@ class Life:
             self._uploads.append(begun["uploadId"])
         elif operation.kind == "abort" and self._uploads:
             await rack.call("abortUpload", {"uploadId": self._uploads.pop()})
-        elif operation.kind in ("told", "arrives", "gone", "purged there", "spoiled", "follow"):
+        elif operation.kind in ("told", "brought", "arrives", "gone", "purged there", "spoiled", "follow"):
             await self._replicate(rack, operation)
         elif operation.kind == "rotate":
             await rack.registry.journal.rotate()
@@ -141,6 +142,10 @@ class Life:
         match operation.kind:
             case "told":
                 await mirror.match(self._told(model, version, operation.number))
+            case "brought" if pull is not None:
+                key = rack.store.new_key()
+                self.store.blobs[key] = data
+                await mirror.bring(pull, {"size": 1, "sha256": hashlib.sha256(data).hexdigest(), "key": key})
             case "arrives" if pull is not None:
                 key = rack.store.new_key()
                 self.store.blobs[key] = data

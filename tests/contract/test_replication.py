@@ -14,6 +14,8 @@ import pytest
 from schemas.errors import ModelManagerError
 from schemas.hints import head_hint
 from tests.racks import Network, NetworkPeers, ReplicatingRack, until
+from tests.registry_view import compact_here
+from worker.replication import puller
 from worker.replication.replication import Replication
 from worker.service import replicating
 from worker.storage.memory import MemoryStore
@@ -345,6 +347,58 @@ async def test_a_pull_goes_on_after_a_restart(start: Start, network: Network) ->
     await rot(one, b"weights")
     two = await start("rack-2")
     await until(here(two))
+
+
+async def store_parts(rack: ReplicatingRack, *contents: bytes) -> None:
+    files = [{"path": f"part-{n}", "data": base64.b64encode(data).decode()} for n, data in enumerate(contents)]
+    await rack.call("storeModel", {"modelId": "m", "metadata": {"type": "custom", "version": "1"}, "files": files})
+
+
+async def test_of_a_version_that_breaks_off_no_file_is_brought_again(
+    start: Start, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(puller, "_RECORDED_BYTES", 1)
+    one, two = await pair(start)
+    await two.close()
+    contents = [bytes([number]) * 1000 for number in range(4)]
+    await store_parts(one, *contents)
+    third = one.registry.catalog.find("m", "1").files[2]["key"]  # type: ignore[union-attr]
+    one.store.blobs[third] = b"wrong"  # type: ignore[attr-defined]
+    two = await start("rack-2", peers=("rack-1",))
+    await until(lambda: replication(two).puller.failing == 1)
+    held = set(two.store.blobs)  # type: ignore[attr-defined]
+    assert len(held) == 2
+    # Neither a compaction nor the sweep of a restart takes what has come.
+    await compact_here(two.registry)
+    await two.close()
+    two = await start("rack-2")
+    await two.clean_up.sweep()
+    assert held == set(two.store.blobs)  # type: ignore[attr-defined]
+    one.store.blobs[third] = contents[2]  # type: ignore[attr-defined]
+    network.fetched.clear()
+    replication(two).puller.hurry("m", "1")
+    await until(here(two))
+    assert network.fetched == [("rack-1", 0)] * 2
+    assert [two.store.blobs[file["key"]] for file in copy_of(two).files] == contents  # type: ignore[attr-defined]
+    assert two.registry.catalog.blobs.bytes == 4000
+    assert not two.registry.take_unwanted()
+
+
+async def test_what_came_of_a_version_goes_with_it(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(puller, "_RECORDED_BYTES", 1)
+    one, two = await pair(start)
+    await two.close()
+    await store_parts(one, b"first", b"second")
+    second = one.registry.catalog.find("m", "1").files[1]["key"]  # type: ignore[union-attr]
+    one.store.blobs[second] = b"wrong"  # type: ignore[attr-defined]
+    two = await start("rack-2", peers=("rack-1",))
+    await until(lambda: replication(two).puller.failing == 1)
+    (key,) = two.store.blobs  # type: ignore[attr-defined]
+    assert two.registry.wanted(key)
+    await one.call("deleteModel", {"modelId": "m", "purge": True})
+    await until(lambda: not two.registry.wanted(key))
+    assert two.registry.take_unwanted() >= {key}
+    assert len(two.registry.catalog.blobs) == 0
 
 
 async def test_a_rack_that_is_named_need_not_know_who_names_it(start: Start) -> None:

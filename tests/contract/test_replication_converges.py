@@ -21,7 +21,7 @@ from tests.racks import Network, ReplicatingRack, until
 from tests.registry_view import compact_here
 from worker.catalog import retention
 from worker.journal import Until
-from worker.replication import schedule
+from worker.replication import puller, schedule
 from worker.storage.memory import MemoryStore
 from worker.upkeep.restore import restore
 
@@ -241,6 +241,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "TOMBSTONE_MS", 0)
     for name in ("_PASSING", "_REFUSED"):
         monkeypatch.setattr(schedule, name, (0.01, 0.01))
+    monkeypatch.setattr(puller, "_RECORDED_BYTES", 1)
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))

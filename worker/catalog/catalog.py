@@ -68,7 +68,7 @@ class Catalog:
         self.aliases = Aliases()
         self.by_tag: defaultdict[str, array[int]] = defaultdict(_no_rows)  # rows, ascending; see `tagged`
         self.blobs = BlobIndex(self)  # needed by versions, deleted ones inside their undo window included, and uploads
-        self.replicas = Replicas()
+        self.replicas = Replicas(self.blobs)
         self._work = Work(self.blobs)
         self.uploads, self.jobs = self._work.uploads, self._work.jobs
         self.orders: dict[str, Order] = {}
@@ -91,6 +91,7 @@ class Catalog:
             "job.begin": self._work.begin_job,
             "job.end": self._work.end_job,
             "pull.begin": self.replicas.begin_pull,
+            "pull.bring": self.replicas.bring,
             "pull.end": self.replicas.end_pull,
             "follow": self.replicas.follow,
         }

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from schemas.journal import Blob
+from worker.catalog.blobs import BlobIndex
+
 
 @dataclass(frozen=True, slots=True)
 class Pull:
@@ -37,14 +40,16 @@ class Cursor:
 
 
 class Replicas:
-    """The fold of their records."""
+    """The fold of their records. What is brought for a pull is used in `blobs` until that is over."""
 
-    def __init__(self) -> None:
+    def __init__(self, blobs: BlobIndex) -> None:
+        self._blobs = blobs
         self.cursors: dict[str, Cursor] = {}  # by rack
         self.rows: defaultdict[str, array[int]] = defaultdict(_no_rows)  # by rack, ascending; with those that are gone
         self.awaited: Counter[str] = Counter()
         """How many pulls are not over, by rack."""
         self._pulls: dict[str, dict[str, Pull]] = {}  # by model in lower case, and version
+        self._brought: dict[Pull, dict[str, tuple[Blob, int]]] = {}  # with the record's sequence, by sha256
 
     def pulls(self) -> Iterator[Pull]:
         """Those that are not over. The models in the order of their first one, the versions of each in their own."""
@@ -88,6 +93,24 @@ class Replicas:
         self._pulls.setdefault(pull.model.lower(), {})[pull.version] = pull
         self.awaited[pull.origin] += 1
 
+    def bring(self, record: Any, sequence: int, time_ms: int) -> None:
+        pull = self.pull_of(record["model"], record["version"])
+        if pull is None:
+            return
+        brought = self._brought.setdefault(pull, {})
+        file: Blob = record["file"]
+        before = brought.get(file["sha256"])
+        brought[file["sha256"]] = file, sequence
+        self._blobs.use([file])
+        if before is not None:
+            self._blobs.release([before[0]["key"]])
+
+    def brought(self) -> Iterator[tuple[Pull, Blob, int]]:
+        """What is here of versions that are not, and the sequences of their records."""
+        for pull, files in self._brought.items():
+            for file, sequence in files.values():
+                yield pull, file, sequence
+
     def end_pull(self, record: Any, sequence: int, time_ms: int) -> None:
         self._end(record["model"], record["version"])
 
@@ -96,6 +119,7 @@ class Replicas:
         pull = pulls.pop(version, None)
         if pull is not None:
             self.awaited[pull.origin] -= 1
+            self._blobs.release(file["key"] for file, _ in self._brought.pop(pull, {}).values())
             if not pulls:
                 del self._pulls[model.lower()]
 

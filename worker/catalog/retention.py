@@ -37,7 +37,7 @@ class Retained:
 
 def frees_room(op: str, record: dict[str, Any]) -> bool:
     """Whether the record ends something: by itself, or once its time is over, bytes or other records go with it."""
-    return op in ("delete", "purge", "job.end") or (op == "upload.end" and record["state"] != "completed")
+    return op in ("delete", "purge", "job.end", "pull.end") or (op == "upload.end" and record["state"] != "completed")
 
 
 def retained(catalog: Catalog) -> Retained:
@@ -61,6 +61,7 @@ def retained(catalog: Catalog) -> Retained:
         *catalog.restored.values(),
         *(sequence for *_, sequence in catalog.aliases.items()),
         *(pull.sequence for pull in catalog.replicas.pulls()),
+        *(sequence for *_, sequence in catalog.replicas.brought()),
         *(cursor.sequence for cursor in catalog.replicas.cursors.values()),
         *(sequence for sequence, _ in requests if sequence >= remembered),
     ]

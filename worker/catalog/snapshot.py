@@ -15,7 +15,7 @@ from worker.catalog.entries import Deletion, JobEntry, UploadEntry
 from worker.catalog.replicas import Cursor, Pull
 from worker.catalog.sorting import MODEL_ID, make_order
 
-VERSION = 4
+VERSION = 5
 
 
 def dump_catalog(catalog: Catalog) -> dict[str, Any]:
@@ -37,6 +37,10 @@ def dump_catalog(catalog: Catalog) -> dict[str, Any]:
         "jobs": [asdict(job) for job in catalog.jobs.values()],
         "requests": catalog.requests.dumped(),
         "pulls": [asdict(pull) for pull in catalog.replicas.pulls()],
+        "brought": [
+            [{"model": pull.model, "version": pull.version, "file": file}, sequence]
+            for pull, file, sequence in catalog.replicas.brought()
+        ],
         "cursors": {rack: asdict(cursor) for rack, cursor in catalog.replicas.cursors.items()},
         "replicas": [[rack, len(rows)] for rack, rows in catalog.replicas.rows.items()],
         "tags": [[tag, len(rows)] for tag, rows in catalog.by_tag.items()],
@@ -80,6 +84,8 @@ def load_catalog(catalog: Catalog, parts: dict[str, memoryview]) -> bool:
     catalog.requests.load(rest["requests"])
     for pull in rest["pulls"]:
         catalog.replicas.hold(Pull(**{**pull, "replicas": tuple(pull["replicas"])}))
+    for record, sequence in rest["brought"]:
+        catalog.replicas.bring(record, sequence, catalog.time_ms)
     catalog.replicas.cursors = {rack: Cursor(**cursor) for rack, cursor in rest["cursors"].items()}
     catalog.replicas.rows.update(_rows(parts["replicaRows"], rest["replicas"]))
     catalog.by_tag.update(_rows(parts["tagRows"], rest["tags"]))

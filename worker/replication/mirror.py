@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from schemas.errors import ModelManagerError
-from schemas.journal import StoredFile
+from schemas.journal import Blob, StoredFile
 from worker.cache import ModelCache
 from worker.catalog.entries import VersionEntry
 from worker.catalog.replicas import Pull
@@ -201,6 +201,16 @@ class Mirror:
         keys = [file["key"] for file in files]
         outcome = await self._registry.transact(pull.model.lower(), decide, pins=keys)
         return outcome if isinstance(outcome, bool) else True
+
+    async def bring(self, pull: Pull, file: Blob) -> None:
+        """Record that the bytes of a file are here, so that they stay until the pull is over."""
+
+        def decide() -> Change | None:
+            if self._registry.catalog.replicas.pull_of(pull.model, pull.version) != pull:
+                return None
+            return Change("pull.bring", {**_end_of(pull), "file": file})
+
+        await self._registry.transact(pull.model.lower(), decide)
 
     async def end(self, pull: Pull) -> bool:
         """The copy is complete; False if it is not, since its bytes have gone bad meanwhile."""

@@ -1,7 +1,8 @@
 """Pulling: the bytes of versions that name this rack, from their origin or another rack that holds them.
 
-A pull is recorded before its first byte and until the copy is complete, so a restart goes on with it. What fails is
-tried again, for as long as the origin says that the copy should be here.
+A pull is recorded before its first byte and until the copy is complete, and so is each file that has come: a restart,
+or another try, goes on with the next one. What fails is tried again for as long as the origin says that the copy should
+be here.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _log = structlog.get_logger()
 
 _BROKEN_MOST = 5  # times in a row that a transfer breaks without a byte in between
 _LOOK_AGAIN_S = 10.0
+_RECORDED_BYTES = 1024 * 1024  # a smaller file is sooner brought again than recorded
 
 Refuse = Callable[[str, Sequence[StoredFile]], Awaitable[None]]
 
@@ -283,6 +285,7 @@ class Puller:
             key = brought.get(file.sha256)
             if key is None and share:
                 key = await self._shared(file, pins)
+                trial.received += file.size if key is not None else 0
             if key is None:
                 key = pins.new(self._store.new_key())
                 download = _Download(self._peers, rack, told, file, trial, self._observe)
@@ -296,6 +299,8 @@ class Puller:
                             sha256=file.sha256,
                             max_size=self._policy.max_model_size,
                         )
+                    if file.size >= _RECORDED_BYTES:
+                        await self._mirror.bring(pull, {"size": file.size, "sha256": file.sha256, "key": key})
                 except ModelManagerError as error:
                     if error is download.failure or error.code == "ERR_CHECKSUM_MISMATCH":
                         raise
