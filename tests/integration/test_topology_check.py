@@ -19,7 +19,7 @@ import pytest
 from aiormq.exceptions import ChannelAccessRefused
 
 from deploy.local import RabbitMQ
-from tests.amqp import broker_version, calling, delete_queues, serving
+from tests.amqp import broker_version, calling, delete_queues, eventually, serving
 from tests.process import free_port, nobodys_environment
 from worker.transport import topology
 from worker.transport.dead_letter_probe import probe
@@ -178,6 +178,7 @@ async def test_a_probe_finds_the_way_beside_a_worker_and_touches_nothing_else(ur
         for _ in range(3):
             assert await probe(url, rack) is None
         served.dispatcher.released.set()
+        await eventually(lambda: len(caller.replies) == 1, "the reply to slow")  # else it counts as that of the next call
         assert (await caller.call("echo")).body["success"]
         assert served.dispatcher.started == {"fail": 5, "slow": 1, "echo": 1}
         async with dead_letters(url, rack) as letters:
