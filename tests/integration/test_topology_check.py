@@ -178,7 +178,7 @@ async def test_a_probe_finds_the_way_beside_a_worker_and_touches_nothing_else(ur
         for _ in range(3):
             assert await probe(url, rack) is None
         served.dispatcher.released.set()
-        await eventually(lambda: len(caller.replies) == 1, "the reply to slow")  # else it counts as that of the next call
+        await eventually(lambda: len(caller.replies) == 1, "the reply to slow")  # `call` takes whatever comes
         assert (await caller.call("echo")).body["success"]
         assert served.dispatcher.started == {"fail": 5, "slow": 1, "echo": 1}
         async with dead_letters(url, rack) as letters:
