@@ -243,6 +243,17 @@ async def test_files_that_versions_share_are_brought_once(start: Start, network:
     assert len(two.store.blobs) == 1  # type: ignore[attr-defined]
 
 
+async def test_bytes_that_were_here_and_have_gone_bad_are_brought(start: Start) -> None:
+    header = b'{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    data = len(header).to_bytes(8, "little") + header + b"x"
+    one, two = await pair(start)
+    await two.store_bytes("mine", "1", data, type="safetensors")
+    await rot(two, bytes(len(data)), "mine")  # nobody has noticed
+    await one.store_bytes("m", "1", data, type="safetensors")
+    await until(here(two))
+    assert await content(two) == data
+
+
 async def test_a_rack_refuses_what_it_would_refuse_to_store(start: Start) -> None:
     one = await start("rack-1", peers=("rack-2",), replication_factor=2, allow_pickle=True)
     two = await start("rack-2", peers=("rack-1",), max_model_size=1000, formats=frozenset({"custom", "pytorch"}))
