@@ -15,7 +15,7 @@ from schemas.errors import ModelManagerError
 from schemas.hints import head_hint
 from tests.racks import Network, NetworkPeers, ReplicatingRack, until
 from tests.registry_view import compact_here
-from worker.replication import puller
+from worker.replication import follower, puller
 from worker.replication.replication import Replication
 from worker.service import replicating
 from worker.storage.memory import MemoryStore
@@ -345,6 +345,16 @@ async def test_a_rack_catches_up_with_what_it_missed(start: Start, network: Netw
     assert (await two.call("getModelMetadata", {"modelId": "kept"}))["metadata"]["x"] == 1
     assert two.registry.catalog.find("purged", "1") is None
     assert two.registry.catalog.find("deleted", "1").deleted_at is not None  # type: ignore[union-attr]
+
+
+async def test_a_rack_is_compared_page_by_page(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follower, "_LISTED_AT_ONCE", 2)
+    one = await start("rack-1", peers=("rack-2",), replication_factor=2)
+    for number in range(7):
+        await one.store_bytes(f"m{number}", "1", b"weights")
+    two = await start("rack-2", peers=("rack-1",))
+    for number in range(7):
+        await until(here(two, f"m{number}"))
 
 
 async def test_a_pull_goes_on_after_a_restart(start: Start, network: Network) -> None:

@@ -245,6 +245,9 @@ async def test_racks_at_rest_write_nothing(start: Start, network: Network, monke
     for _ in range(20):
         await level(network, one, two)
     assert records(one, two) == written
+    network.calls.clear()
+    await asyncio.sleep(0.2)
+    assert network.calls == [], "they wait for a hint, or a minute"
 
 
 async def test_a_rack_that_lost_registry_and_storage_is_compared_though_its_epoch_is_the_first_again(

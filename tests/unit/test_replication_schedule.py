@@ -55,6 +55,18 @@ def test_a_rack_that_is_away_is_tried_once_in_a_while_whatever_is_awaited_from_i
     assert schedule.start(later) is None, "one probe of it at a time"
 
 
+def test_what_failed_is_due_after_its_pause_unless_it_is_over_by_then() -> None:
+    schedule = Schedule([pull("r1", "a", sequence=1), pull("r1", "b", sequence=2)])
+    for trial in (begun(schedule), begun(schedule)):
+        schedule.done(trial, ModelManagerError("ERR_STORAGE_UNAVAILABLE"), away=False)
+    wait = schedule.wait_s(time.monotonic())
+    assert wait is not None and 0 < wait <= 1.0
+    schedule.end("a", "1")
+    later = time.monotonic() + 1.1
+    assert begun(schedule, later).pull.model == "b"
+    assert schedule.start(later) is None
+
+
 def test_what_is_refused_waits_long_and_is_hurried_when_it_changes() -> None:
     schedule = Schedule([pull("r1", "m")])
     trial = begun(schedule)
