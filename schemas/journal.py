@@ -188,11 +188,11 @@ class PullBeginRecord(Record):
 
 class PullBringRecord(Record):
     """op `pull.bring`: a file of a version that is pulled is here, verified, and need not be brought again. The blob is
-    kept until the pull is over."""
+    kept until the pull is over. No file: none that came is kept any more, since this rack refuses what they hold."""
 
     model: str
     version: str
-    file: Blob
+    file: Blob | None
 
 
 class PullEndRecord(Record):

@@ -41,7 +41,7 @@ OPERATIONS = st.lists(
             + ["update", "delete", "delete all", "purge", "restore", "alias", "no alias", "upload", "abort"]
             + ["replicate", "validate", "rot", "rot", "store again", "store again", "rotate", "compact"]
             + ["told"] * 4
-            + ["brought"] * 2
+            + ["brought", "brought", "refused"]
             + ["arrives", "arrives", "gone", "purged there", "spoiled", "follow"]
         ),
         st.sampled_from(["a", "b", "org/c"]),
@@ -123,7 +123,7 @@ class Life:
             self._uploads.append(begun["uploadId"])
         elif operation.kind == "abort" and self._uploads:
             await rack.call("abortUpload", {"uploadId": self._uploads.pop()})
-        elif operation.kind in ("told", "brought", "arrives", "gone", "purged there", "spoiled", "follow"):
+        elif operation.kind in ("told", "brought", "refused", "arrives", "gone", "purged there", "spoiled", "follow"):
             await self._replicate(rack, operation)
         elif operation.kind == "rotate":
             await rack.registry.journal.rotate()
@@ -146,6 +146,8 @@ class Life:
                 key = rack.store.new_key()
                 self.store.blobs[key] = data
                 await mirror.bring(pull, {"size": 1, "sha256": hashlib.sha256(data).hexdigest(), "key": key})
+            case "refused" if pull is not None:
+                await mirror.bring(pull, None)
             case "arrives" if pull is not None:
                 key = rack.store.new_key()
                 self.store.blobs[key] = data

@@ -218,6 +218,7 @@ async def test_a_copy_that_goes_bad_is_brought_anew(start: Start) -> None:
     await until(here(two))
     await rot(two, b"rotten!", found=True)
     await until(lambda: not copy_of(two).quarantined if copy_of(two) else False)
+    assert two.registry.catalog.totals.versions == 1
     assert await content(two) == b"weights"
 
 
@@ -254,18 +255,24 @@ async def test_bytes_that_were_here_and_have_gone_bad_are_brought(start: Start) 
     assert await content(two) == data
 
 
-async def test_a_rack_refuses_what_it_would_refuse_to_store(start: Start) -> None:
+async def test_a_rack_refuses_what_it_would_refuse_to_store(
+    start: Start, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(puller, "_RECORDED_BYTES", 1)
     one = await start("rack-1", peers=("rack-2",), replication_factor=2, allow_pickle=True)
     two = await start("rack-2", peers=("rack-1",), max_model_size=1000, formats=frozenset({"custom", "pytorch"}))
+    refused = {"large": "ERR_MODEL_TOO_LARGE", "foreign": "ERR_UNSUPPORTED_FORMAT", "unsafe": "ERR_UNSAFE_MODEL"}
     await one.store_bytes("large", "1", bytes(1001))
+    await one.store_bytes("foreign", "1", b"x", type="tensorflow")
+    await until(lambda: replication(two).puller.failing == 2)
+    assert network.fetched == [], "what it does not take is not brought"
     await one.store_bytes("unsafe", "1", pickle.dumps(object), type="pytorch")
     await one.store_bytes("fine", "1", b"x")
     await until(here(two, "fine", "1"))
-    await until(lambda: replication(two).puller.failing == 2)
-    codes = {model: replication(two).puller.state_of(model, "1")["error"]["code"] for model in ("large", "unsafe")}
-    assert codes == {"large": "ERR_MODEL_TOO_LARGE", "unsafe": "ERR_UNSAFE_MODEL"}
+    await until(lambda: replication(two).puller.failing == 3)
+    assert {model: replication(two).puller.state_of(model, "1")["error"]["code"] for model in refused} == refused
     await two.clean_up.round()
-    assert len(two.store.blobs) == 1  # type: ignore[attr-defined]
+    assert len(two.store.blobs) == 1, "nor kept"  # type: ignore[attr-defined]
 
 
 # --- ownership ---

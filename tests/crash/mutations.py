@@ -76,6 +76,8 @@ def killer(mutation: Mutation, folder: Path) -> str | None:
             timeout=600,
             check=False,
         )
+    except subprocess.TimeoutExpired:
+        return "they do not end"
     finally:
         target.write_text(original)
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", ran.stdout, re.MULTILINE)

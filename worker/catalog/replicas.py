@@ -97,13 +97,22 @@ class Replicas:
         pull = self.pull_of(record["model"], record["version"])
         if pull is None:
             return
+        file: Blob | None = record["file"]
+        if file is None:
+            self._release(pull)
+            return
         brought = self._brought.setdefault(pull, {})
-        file: Blob = record["file"]
         before = brought.get(file["sha256"])
         brought[file["sha256"]] = file, sequence
         self._blobs.use([file])
         if before is not None:
             self._blobs.release([before[0]["key"]])
+
+    def _release(self, pull: Pull) -> None:
+        self._blobs.release(file["key"] for file, _ in self._brought.pop(pull, {}).values())
+
+    def has_brought(self, pull: Pull) -> bool:
+        return pull in self._brought
 
     def brought(self) -> Iterator[tuple[Pull, Blob, int]]:
         """What is here of versions that are not, and the sequences of their records."""
@@ -119,7 +128,7 @@ class Replicas:
         pull = pulls.pop(version, None)
         if pull is not None:
             self.awaited[pull.origin] -= 1
-            self._blobs.release(file["key"] for file, _ in self._brought.pop(pull, {}).values())
+            self._release(pull)
             if not pulls:
                 del self._pulls[model.lower()]
 

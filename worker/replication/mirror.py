@@ -202,11 +202,13 @@ class Mirror:
         outcome = await self._registry.transact(pull.model.lower(), decide, pins=keys)
         return outcome if isinstance(outcome, bool) else True
 
-    async def bring(self, pull: Pull, file: Blob) -> None:
-        """Record that the bytes of a file are here, so that they stay until the pull is over."""
+    async def bring(self, pull: Pull, file: Blob | None) -> None:
+        """Record that the bytes of a file are here, so that they stay until the pull is over; or, without one, that
+        nothing that came need stay."""
 
         def decide() -> Change | None:
-            if self._registry.catalog.replicas.pull_of(pull.model, pull.version) != pull:
+            replicas = self._registry.catalog.replicas
+            if replicas.pull_of(pull.model, pull.version) != pull or (file is None and not replicas.has_brought(pull)):
                 return None
             return Change("pull.bring", {**_end_of(pull), "file": file})
 

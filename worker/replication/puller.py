@@ -244,16 +244,19 @@ class Puller:
     async def _bring_files(self, pull: Pull, told: Told, pins: Pins, trial: Trial) -> list[StoredFile]:
         """The files, with their bytes here and verified, if this rack takes what they hold."""
         brought: dict[str, str] = {}
-        files = await self._from_any(pull, told, pins, brought, trial, share=True)
-        try:
-            await self._refuse(told.metadata.type, files)
-        except ModelManagerError:
-            if all(file["sha256"] in brought for file in files):
-                raise
-            # What was here already may have gone bad since, which nobody has noticed yet.
-            files = await self._from_any(pull, told, pins, brought, trial, share=False)
-            await self._refuse(told.metadata.type, files)
-        return files
+        share = True
+        while True:
+            files = await self._from_any(pull, told, pins, brought, trial, share=share)
+            try:
+                await self._refuse(told.metadata.type, files)
+                return files
+            except ModelManagerError as error:
+                if error.retryable:
+                    raise
+                if all(file["sha256"] in brought for file in files):
+                    await self._mirror.bring(pull, None)
+                    raise
+            share = False  # what was here already may have gone bad since, which nobody has noticed yet
 
     async def _from_any(
         self, pull: Pull, told: Told, pins: Pins, brought: dict[str, str], trial: Trial, *, share: bool
