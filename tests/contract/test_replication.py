@@ -509,8 +509,9 @@ async def test_a_third_rack_holds_the_first_one_whichever_it_hears_of_first(star
 
 
 async def test_a_marked_model_that_is_purged_makes_room_for_a_copy(start: Start, network: Network) -> None:
-    _, two = await apart(start, network)
+    one, two = await apart(start, network)
     await until(lambda: two.registry.catalog.find("m", "1").state == "conflict")  # type: ignore[union-attr]
+    await until(is_level(two, one))  # nothing but the purge has it look again
     await two.call("deleteModel", {"modelId": "m", "purge": True})
     await until(here(two))
     assert await content(two) == b"first"
