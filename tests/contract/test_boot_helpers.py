@@ -103,6 +103,7 @@ async def test_a_small_boot_is_not_helped(folder: Path, monkeypatch: pytest.Monk
         pytest.param(["/bin/false"], id="ends at once"),
         pytest.param(["/does/not/exist"], id="cannot be started"),
         pytest.param([sys.executable, "-c", HELLO + "sys.stdin.readline()"], id="ends when it is asked"),
+        pytest.param([sys.executable, "-c", HELLO + "import time; time.sleep(60)"], id="hangs"),
         pytest.param([sys.executable, "-c", HELLO + "sys.stdin.close()"], id="cannot be asked"),
         pytest.param(
             [sys.executable, "-c", HELLO + "sys.stdin.readline(); out.write(b'\\0\\0\\0\\2no')"], id="answers rubbish"
@@ -124,6 +125,7 @@ async def test_a_small_boot_is_not_helped(folder: Path, monkeypatch: pytest.Monk
 async def test_what_a_helper_does_not_make_is_made_without_it(
     folder: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(helpers, "_PATIENCE_MS", 200)
     monkeypatch.setattr(CatalogReplay, "help", None)
     alone = await view_after_boot(folder)
     monkeypatch.setattr(CatalogReplay, "help", Help(command, Extract))

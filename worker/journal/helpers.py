@@ -1,7 +1,7 @@
 """A boot on all processors: other processes extract chunks of its files while this one takes what comes before them.
 
 A helper is sent chunks as lines of JSON and answers each with a frame: its length in 4 bytes, then the portions in
-MessagePack. One that fails or ends is done without: what it should have made is made here.
+MessagePack. One that fails, hangs or ends is done without: what it should have made is made here.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ HELPED_BYTES = 64 * 1024 * 1024
 _MOST = 3  # helpers: more make more than one process can take
 _ASKED = 2  # chunks a helper has at once, so that it never waits for the next
 _AHEAD = 16  # chunks that are made before their turn
+_PATIENCE_MS = 30_000  # for one that hangs
 _FRAME_BYTES = 1024 * 1024  # about the most; a pipe that holds one lets its writer go on
 _LENGTH = struct.Struct(">I")
 _BEGUN = -1  # in place of a chunk, for the frame by which a helper tells that it is there
@@ -123,10 +124,16 @@ class Extraction(Generic[R, T]):
 
     def _hear(self, *, wait: bool) -> None:
         """Take what helpers have made, and give them more to do."""
-        for output, _ in self._outputs.poll(None if wait else 0) if self._helpers else ():
+        if not self._helpers:
+            return
+        ready = self._outputs.poll(_PATIENCE_MS if wait else 0)
+        for output, _ in ready:
             self._try(self._helpers[output], self._take)
         for helper in list(self._helpers.values()):
-            self._try(helper, self._give)
+            if wait and not ready:
+                self._do_without(helper)
+            else:
+                self._try(helper, self._give)
 
     def _take(self, helper: _Helper) -> None:
         frame = helper.read()
@@ -143,13 +150,16 @@ class Extraction(Generic[R, T]):
     def _try(self, helper: _Helper, what: Callable[[_Helper], None]) -> None:
         try:
             what(helper)
-        except (OSError, EOFError, msgspec.DecodeError):  # it is done without
-            for number in helper.asked:
-                if number != _BEGUN:
-                    self._made[number] = Made([], failed=True)
-            self._outputs.unregister(helper.output)
-            del self._helpers[helper.output]
-            helper.end()
+        except (OSError, EOFError, msgspec.DecodeError):
+            self._do_without(helper)
+
+    def _do_without(self, helper: _Helper) -> None:
+        for number in helper.asked:
+            if number != _BEGUN:
+                self._made[number] = Made([], failed=True)
+        self._outputs.unregister(helper.output)
+        del self._helpers[helper.output]
+        helper.end()
 
 
 class _Helper:
