@@ -113,6 +113,13 @@ async def test_a_small_boot_is_not_helped(folder: Path, monkeypatch: pytest.Monk
         ),
         pytest.param(
             [
+                *(sys.executable, "-c"),
+                HELLO + "import time; sys.stdin.readline(); out.write(b'\\0\\0\\1\\0cut'); out.flush(); time.sleep(60)",
+            ],
+            id="hangs in an answer",
+        ),
+        pytest.param(
+            [
                 sys.executable,
                 "-c",
                 HELLO + "[(out.write(b'\\0\\0\\0\\3\\x92\\x90\\xc3'), out.flush()) for _ in sys.stdin]",

@@ -49,7 +49,7 @@ class BlobIndex:
         self._by_key = _Hashes()
         self._settled_sizes = np.empty(0, np.uint64)  # in the order of `_by_key`
         self._settled_rows = 0
-        # Since then, and what uploads need.
+        # Since then, and what uploads and pulls need.
         # key -> uses; sha256 and size once the bytes are there; the row that used it first, if one did
         self._held = PartedDict[tuple[int, str, int, int]]()
         self._later_rows: dict[str, list[int]] = {}  # key -> the rows that used it after that
@@ -139,7 +139,7 @@ class BlobIndex:
         _, first = np.unique(self._by_key.hashes[kept], return_index=True)
         self._count = len(first)
         self.bytes = int(self._settled_sizes[kept][first].sum())
-        for key, (_, sha256, size, _) in self._held.items():  # what completed uploads brought
+        for key, (_, sha256, size, _) in self._held.items():  # what completed uploads and pulls brought
             if sha256 and not self._settled_uses(key):
                 self._count += 1
                 self.bytes += size

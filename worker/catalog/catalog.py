@@ -67,7 +67,8 @@ class Catalog:
         self.restored: dict[int, int] = {}  # row -> sequence of the last `restore`
         self.aliases = Aliases()
         self.by_tag: defaultdict[str, array[int]] = defaultdict(_no_rows)  # rows, ascending; see `tagged`
-        self.blobs = BlobIndex(self)  # needed by versions, deleted ones inside their undo window included, and uploads
+        # What versions need, deleted ones inside their undo window included, and uploads, and pulls.
+        self.blobs = BlobIndex(self)
         self.replicas = Replicas(self.blobs)
         self._work = Work(self.blobs)
         self.uploads, self.jobs = self._work.uploads, self._work.jobs

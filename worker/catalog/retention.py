@@ -37,7 +37,11 @@ class Retained:
 
 def frees_room(op: str, record: dict[str, Any]) -> bool:
     """Whether the record ends something: by itself, or once its time is over, bytes or other records go with it."""
-    return op in ("delete", "purge", "job.end", "pull.end") or (op == "upload.end" and record["state"] != "completed")
+    return (
+        op in ("delete", "purge", "job.end", "pull.end")
+        or (op == "upload.end" and record["state"] != "completed")
+        or (op == "pull.bring" and record["file"] is None)
+    )
 
 
 def retained(catalog: Catalog) -> Retained:

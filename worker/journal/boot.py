@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 from uuid import uuid4
@@ -204,7 +204,7 @@ class _Boot:
         self._replay = replay
         self._decoder = line_decoder(replay.record)
         self._manifest = read_manifest(files, folder)
-        self._extraction = Extraction(files, folder, self._decoder, replay.extract, self._chunks())
+        self._extraction = Extraction(files, folder, self._decoder, replay.extract)
         self._segments: list[Segment] = []
         self._place = Place()
         self._changes_from = 0
@@ -237,6 +237,7 @@ class _Boot:
 
     def run(self) -> Recovered:
         with closing(self._extraction):
+            self._extraction.expect(self._chunks())
             if self._replay.help is not None:
                 self._extraction.help(self._replay.help)
             self.read_sealed()
@@ -281,6 +282,9 @@ class _Boot:
             segment.size = file.size
             self._segments.append(segment)
         else:
+            chunks = chunks_of(file.name, file.size, checked=False)
+            if index is not None:  # of another program, so that its chunks were not expected
+                self._extraction.expect(chunks)
             self._fold_sealed(file, segment)
         self._place = replaces
 
@@ -344,7 +348,9 @@ class _Boot:
         if chunks:
             stream.seek(0)
             yield from portions(CheckedBlocks(stream, self._decoder, lines).whole(chunks[0].end), 0, extract)
-        for portion in chain.from_iterable(map(self._extraction.of, chunks[1:])):
+        # Not those behind a line that does not check: of what is no line each would be read to its end.
+        left = takewhile(lambda chunk: chunk.start <= lines.offset, chunks[1:])
+        for portion in chain.from_iterable(map(self._extraction.of, left)):
             if (portion.offset, portion.first) != (lines.offset, lines.sequence + 1):
                 break
             lines.sequence, lines.batch, lines.crc = portion.last, portion.batch, portion.crc

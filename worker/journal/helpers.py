@@ -7,6 +7,7 @@ MessagePack. One that fails, hangs or ends is done without: what it should have 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
 import select
@@ -16,7 +17,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
-from fcntl import F_SETPIPE_SZ, fcntl
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -60,28 +60,37 @@ class Extraction(Generic[R, T]):
         folder: Path,
         decoder: msgspec.json.Decoder[Line[R]],
         extract: Callable[[Block[R]], T],
-        chunks: Sequence[Chunk],
     ) -> None:
         self._files = files
         self._folder = folder
         self._decoder = decoder
         self._extract = extract
-        self._chunks = chunks
+        self._chunks: list[Chunk] = []
         self._made: dict[int, Made[T]] = {}  # before their turn
         self._turn = 0  # of the chunk that is asked for next
         self._next = 0  # the first that nobody makes yet
         self._frames: msgspec.msgpack.Decoder[Made[T]] | None = None
+        self._help: Help | None = None
         self._helpers: dict[int, _Helper] = {}  # by the descriptor of their output
         self._outputs = select.poll()
 
     def help(self, help_: Help) -> None:
-        """Begin helpers, one for each other processor, if there is enough to do."""
-        if sum(chunk.end - chunk.start for chunk in self._chunks) < HELPED_BYTES:
+        """Begin helpers, one for each other processor, as soon as there is enough to do."""
+        self._help = help_
+        self._begin()
+
+    def expect(self, chunks: Sequence[Chunk]) -> None:
+        """These will be asked for before all others that are expected. To be told before the first one is."""
+        self._chunks[:0] = chunks
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._help is None or sum(chunk.end - chunk.start for chunk in self._chunks) < HELPED_BYTES:
             return
-        self._frames = msgspec.msgpack.Decoder(Made[help_.content])  # type: ignore[name-defined]
+        self._frames = msgspec.msgpack.Decoder(Made[self._help.content])  # type: ignore[name-defined]
         with contextlib.suppress(OSError):  # there is no room for another process
-            for _ in range(min(len(os.sched_getaffinity(0)) - 1, _MOST)):
-                helper = _Helper([*help_.command, str(self._folder)])
+            while len(self._helpers) < min(_processors() - 1, _MOST):
+                helper = _Helper([*self._help.command, str(self._folder)])
                 self._helpers[helper.output] = helper
                 self._outputs.register(helper.output, select.POLLIN)
 
@@ -162,6 +171,13 @@ class Extraction(Generic[R, T]):
         helper.end()
 
 
+def _processors() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # this system cannot tell
+        return os.cpu_count() or 1
+
+
 class _Helper:
     """The other process, as this one sees it: `asked` are the chunks it has not answered for."""
 
@@ -180,8 +196,8 @@ class _Helper:
         self._input = self._process.stdin
         self.output = self._process.stdout.fileno()
         self.asked = deque([_BEGUN])
-        with contextlib.suppress(OSError):  # it then waits now and then
-            fcntl(self.output, F_SETPIPE_SZ, _FRAME_BYTES)
+        with contextlib.suppress(OSError, AttributeError):  # it then waits now and then
+            fcntl.fcntl(self.output, fcntl.F_SETPIPE_SZ, _FRAME_BYTES)
 
     def ask(self, number: int, chunk: Chunk) -> None:
         """Raises OSError if it is not there any more."""
@@ -189,14 +205,18 @@ class _Helper:
         self._input.write(orjson.dumps(astuple(chunk)) + b"\n")
 
     def read(self) -> bytearray:
-        """The next frame. Raises EOFError if it has ended."""
+        """The next frame. Raises EOFError if it has ended, or hangs."""
         (length,) = _LENGTH.unpack(self._read_exactly(_LENGTH.size))
         return self._read_exactly(length)
 
     def _read_exactly(self, length: int) -> bytearray:
         data = bytearray(length)
         left = memoryview(data)
+        ready = select.poll()
+        ready.register(self.output, select.POLLIN)
         while left:
+            if not ready.poll(_PATIENCE_MS):
+                raise EOFError
             count = os.readv(self.output, [left])
             if not count:
                 raise EOFError

@@ -111,10 +111,10 @@ class Journal:
     ) -> Journal:
         """Take the folder, verify what is in it and replay it; a folder that is new or empty gets a new journal.
 
-        Blocks for as long as the reading takes. `replay` gets the business records in order, on this thread, in
-        blocks or, if it is a function, one by one; if the boot is refused it may have got some. `frees` tells of an op
-        and its record whether it frees room, so that it is taken, with the help of the reserve, when the disk is full.
-        `clock` tells unix seconds.
+        Blocks for as long as the reading takes. `replay` gets the business records in order, on this thread, as it
+        extracts them or, if it is a function, one by one; if the boot is refused it may have got some. `frees` tells of
+        an op and its record whether it frees room, so that it is taken, with the help of the reserve, when the disk is
+        full. `clock` tells unix seconds.
 
         Raises JournalLocked at once if another process owns the folder, JournalDamaged if a durable record is not as
         it was written, JournalFailed if an fsync fails, OSError if the disk cannot be used.

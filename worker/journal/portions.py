@@ -130,4 +130,4 @@ def _first_start(stream: BinaryIO, chunk: Chunk) -> int:
     if chunk.start == 0:
         return 0
     stream.seek(chunk.start - 1)
-    return chunk.start - 1 + len(stream.readline())
+    return chunk.start - 1 + len(stream.readline(chunk.end - chunk.start + 1))

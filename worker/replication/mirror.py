@@ -133,7 +133,7 @@ class Mirror:
                     return Change("update", update_record(catalog, entry, conflict=origin))
         for pull in catalog.replicas.pulls_of(told.model_id):
             if (pull.origin, pull.model) != (origin, told.model_id):
-                return Change("pull.end", _end_of(pull))
+                return Change("pull.end", _named(pull))
         return None
 
     async def settle(self, rival: str, model: str) -> None:
@@ -167,7 +167,7 @@ class Mirror:
         if entry is not None and entry.replica_of == origin and (gone.purged or entry.deleted_at is None):
             return Change("delete", self._deletion(entry, gone))
         pull = catalog.replicas.pull_of(model, version)
-        return Change("pull.end", _end_of(pull)) if pull is not None and pull.origin == origin else None
+        return Change("pull.end", _named(pull)) if pull is not None and pull.origin == origin else None
 
     def _deletion(self, entry: VersionEntry, gone: Gone) -> dict[str, Any]:
         now = time.time_ns() // 1_000_000
@@ -210,9 +210,9 @@ class Mirror:
             replicas = self._registry.catalog.replicas
             if replicas.pull_of(pull.model, pull.version) != pull or (file is None and not replicas.has_brought(pull)):
                 return None
-            return Change("pull.bring", {**_end_of(pull), "file": file})
+            return Change("pull.bring", {**_named(pull), "file": file})
 
-        await self._registry.transact(pull.model.lower(), decide)
+        await self._registry.transact(pull.model.lower(), decide, pins=() if file is None else [file["key"]])
 
     async def end(self, pull: Pull) -> bool:
         """The copy is complete; False if it is not, since its bytes have gone bad meanwhile."""
@@ -222,7 +222,7 @@ class Mirror:
             if catalog.replicas.pull_of(pull.model, pull.version) != pull:
                 return True
             entry = catalog.find(pull.model, pull.version)
-            return False if entry is None or entry.quarantined else Change("pull.end", _end_of(pull))
+            return False if entry is None or entry.quarantined else Change("pull.end", _named(pull))
 
         outcome = await self._registry.transact(pull.model.lower(), decide)
         return outcome if isinstance(outcome, bool) else True
@@ -281,7 +281,7 @@ def _pull(model: str, version: str, origin: str, checksum: str, size: int, since
     return Change("pull.begin", record)
 
 
-def _end_of(pull: Pull) -> dict[str, Any]:
+def _named(pull: Pull) -> dict[str, Any]:
     return {"model": pull.model, "version": pull.version, "replicaOf": pull.origin}
 
 

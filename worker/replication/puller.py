@@ -1,8 +1,8 @@
 """Pulling: the bytes of versions that name this rack, from their origin or another rack that holds them.
 
-A pull is recorded before its first byte and until the copy is complete, and so is each file that has come: a restart,
-or another try, goes on with the next one. What fails is tried again for as long as the origin says that the copy should
-be here.
+A pull is recorded before its first byte and until the copy is complete, and so is each file of some size that has come:
+a restart, or another try, goes on with the others. What fails is tried again for as long as the origin says that the
+copy should be here.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ class Puller:
             "state": "pending",
             "origin": trial.pull.origin,
             "size": trial.pull.size,
-            "received": trial.received,
+            "received": trial.received.total(),
         }
         if trial.error is not None:
             state["error"] = {"code": trial.error.code, "message": trial.error.message}
@@ -172,11 +172,15 @@ class Puller:
 
     async def _try(self, trial: Trial) -> None:
         pull, error, away = trial.pull, None, False
-        trial.received = 0
+        trial.received.clear()
         try:
             await self._bring(pull, trial)
         except _Away as failure:
             error, away = failure.error, True
+        except _Ours as failure:
+            error = failure.error
+            if not error.retryable:
+                await self._let_go(pull)
         except ModelManagerError as failure:
             error = failure
         except Exception:  # noqa: BLE001 - whatever a stranger's answer breaks, the others are pulled
@@ -195,6 +199,13 @@ class Puller:
                 seconds=round(pause, 1),
             )
 
+    async def _let_go(self, pull: Pull) -> None:
+        """Keep nothing of what came: this rack does not take it now, or has no room for it, which others may use."""
+        try:
+            await self._mirror.bring(pull, None)
+        except ModelManagerError as error:
+            _log.warning("pulled_files_kept", model=pull.model, version=pull.version, code=error.code)
+
     # --- one pull ---
 
     async def _bring(self, pull: Pull, trial: Trial) -> None:
@@ -202,8 +213,9 @@ class Puller:
         told = await self._told(pull)
         if told is None:
             return
-        self._policy.check_type(told.metadata.type)
-        self._policy.check_size(told.size)
+        with _ours():
+            self._policy.check_type(told.metadata.type)
+            self._policy.check_size(told.size)
         entry = await self._registry.look(lambda: self._registry.catalog.find(pull.model, pull.version))
         with pinned(self._registry) as pins:
             if entry is None or entry.quarantined:
@@ -248,13 +260,11 @@ class Puller:
         while True:
             files = await self._from_any(pull, told, pins, brought, trial, share=share)
             try:
-                await self._refuse(told.metadata.type, files)
+                with _ours():
+                    await self._refuse(told.metadata.type, files)
                 return files
-            except ModelManagerError as error:
-                if error.retryable:
-                    raise
-                if all(file["sha256"] in brought for file in files):
-                    await self._mirror.bring(pull, None)
+            except _Ours as refusal:
+                if refusal.error.retryable or all(file["sha256"] in brought for file in files):
                     raise
             share = False  # what was here already may have gone bad since, which nobody has noticed yet
 
@@ -269,8 +279,6 @@ class Puller:
                 continue
             try:
                 return await self._from(rack, pull, told, pins, brought, trial, share=share)
-            except _Ours as ours:
-                raise ours.error from None
             except ModelManagerError as error:
                 _log.info("pull_source_failed", model=pull.model, version=pull.version, rack=rack, code=error.code)
                 if failure is None or (error.retryable and not failure.retryable):
@@ -288,7 +296,8 @@ class Puller:
             key = brought.get(file.sha256)
             if key is None and share:
                 key = await self._shared(file, pins)
-                trial.received += file.size if key is not None else 0
+                if key is not None:
+                    trial.received[file.sha256] = file.size
             if key is None:
                 key = pins.new(self._store.new_key())
                 download = _Download(self._peers, rack, told, file, trial, self._observe)
@@ -342,9 +351,17 @@ class _Away(Exception):
 
 @dataclass
 class _Ours(Exception):
-    """Our own store failed: another rack would not help."""
+    """Our own store failed, or this rack does not take such a version: another rack would not help."""
 
     error: ModelManagerError
+
+
+@contextmanager
+def _ours() -> Iterator[None]:
+    try:
+        yield
+    except ModelManagerError as error:
+        raise _Ours(error) from None
 
 
 class _Download:
@@ -370,12 +387,13 @@ class _Download:
 
     async def _chunks(self) -> AsyncGenerator[bytes]:
         offset, broken, url = 0, 0, self._file.url
+        self._trial.received[self._file.sha256] = 0
         while offset < self._file.size:
             try:
                 async with aclosing(self._peers.read(url, offset)) as chunks:
                     async for chunk in chunks:
                         offset, broken = offset + len(chunk), 0
-                        self._trial.received += len(chunk)
+                        self._trial.received[self._file.sha256] = offset
                         self._observe.received(self._rack, len(chunk))
                         yield chunk
                 if offset < self._file.size:

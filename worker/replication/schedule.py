@@ -19,12 +19,13 @@ _REFUSED = (600.0, 86_400.0)  # by this rack, or wrong everywhere: its bytes may
 
 @dataclass(slots=True)
 class Trial:
-    """A pull, and how it went so far: `due` in seconds of `time.monotonic`, `received` in bytes."""
+    """A pull, and how it went so far: `due` in seconds of `time.monotonic`, `received` in bytes by the
+    sha256 of the file."""
 
     pull: Pull
     failures: int = 0
     due: float = 0.0
-    received: int = 0
+    received: Counter[str] = field(default_factory=Counter)
     error: ModelManagerError | None = None
 
 

@@ -57,7 +57,7 @@ class CleanUp:
             self._spared_before_s = began
 
     def _on_entry(self, entry: Entry) -> None:
-        if entry.op in ("delete", "purge", "upload.end"):
+        if entry.op in ("delete", "purge", "upload.end", "pull.begin", "pull.bring", "pull.end"):
             self._wake.set()
 
     async def run(self) -> None:
