@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from schemas.errors import ModelManagerError
-from schemas.hints import Hint
+from schemas.hints import Hint, head_hint
 from tests.rack import LocalRack
 from worker.announcer import Announcer
 from worker.client.client import ModelManagerClient
@@ -183,3 +184,68 @@ async def until(condition: Any, *, timeout_s: float = 20.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+# --- what tests ask of them ---
+
+
+# Starts a rack by its name, again on what it left.
+Start = Callable[..., Awaitable[ReplicatingRack]]
+
+
+def copy_of(rack: ReplicatingRack, model: str = "m", version: str = "1") -> Any:
+    """The version here, with its bytes, as soon as it is complete."""
+    entry = rack.registry.catalog.find(model, version)
+    if entry is None or rack.registry.catalog.replicas.pull_of(model, version) is not None:
+        return None
+    return entry
+
+
+def here(rack: ReplicatingRack, model: str = "m", version: str = "1") -> Callable[[], bool]:
+    return lambda: copy_of(rack, model, version) is not None
+
+
+def is_level(rack: ReplicatingRack, origin: ReplicatingRack) -> Callable[[], bool]:
+    """Whether all that the origin has recorded until now is taken in, and all bytes are here."""
+    head = origin.registry.journal.head
+
+    def level() -> bool:
+        assert rack.replication is not None
+        follower = rack.replication.followers.get(origin.name)
+        return follower is not None and follower.after >= head and not +rack.registry.catalog.replicas.awaited
+
+    return level
+
+
+async def pair(start: Start) -> tuple[ReplicatingRack, ReplicatingRack]:
+    return (
+        await start("rack-1", peers=("rack-2",), replication_factor=2),
+        await start("rack-2", peers=("rack-1",), replication_factor=1),
+    )
+
+
+async def content(rack: ReplicatingRack, model: str = "m", version: str = "1") -> bytes:
+    reply = await rack.call("getModel", {"modelId": model, "version": version})
+    return base64.b64decode(reply["modelData"])
+
+
+async def rot(rack: ReplicatingRack, data: bytes, model: str = "m", version: str = "1", *, found: bool = False) -> None:
+    """Spoil the bytes behind the rack's back; `found`: and have it look."""
+    entry = rack.registry.catalog.find(model, version)
+    assert entry is not None and isinstance(rack.store, MemoryStore)
+    for file in entry.files:
+        rack.store.blobs[file["key"]] = data
+    if found:
+        report = await rack.call("validateModel", {"modelId": model, "version": version, "waitMs": 5000})
+        assert report["isValid"] is False
+
+
+def replication(rack: ReplicatingRack) -> Replication:
+    assert rack.replication is not None
+    return rack.replication
+
+
+def tell_heads(network: Network, *racks: ReplicatingRack) -> None:
+    for rack in racks:
+        journal = rack.registry.journal
+        network.tell(head_hint(rack=rack.name, epoch=journal.epoch, head=journal.head, time_ms=0))

@@ -10,20 +10,19 @@ from typing import Any
 import pytest
 
 from schemas.errors import ModelManagerError
-from tests.contract.test_replication import (  # noqa: F401 - fixtures
+from tests.racks import (
+    Network,
+    ReplicatingRack,
     Start,
     content,
     copy_of,
     here,
     is_level,
-    network,
     pair,
     replication,
-    rot,
-    start,
     tell_heads,
+    until,
 )
-from tests.racks import Network, ReplicatingRack, until
 from worker.replication import follower
 
 
@@ -56,8 +55,8 @@ def with_file(**members: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     ],
 )
 async def test_what_a_rack_tells_that_cannot_be_is_not_taken(
-    start: Start,  # noqa: F811
-    network: Network,  # noqa: F811
+    start: Start,
+    network: Network,
     method: str,
     lie: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
@@ -94,8 +93,8 @@ async def test_what_a_rack_tells_that_cannot_be_is_not_taken(
     ],
 )
 async def test_a_feed_that_cannot_be_is_asked_again(
-    start: Start,  # noqa: F811
-    network: Network,  # noqa: F811
+    start: Start,
+    network: Network,
     method: str,
     lie: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
@@ -111,7 +110,7 @@ async def test_a_feed_that_cannot_be_is_asked_again(
     await until(here(two))
 
 
-async def test_what_a_later_program_announces_is_passed_over(start: Start, network: Network) -> None:  # noqa: F811
+async def test_what_a_later_program_announces_is_passed_over(start: Start, network: Network) -> None:
     one, two = await pair(start)
     await until(is_level(two, one))
     network.lies["getChanges"] = lambda reply: {
@@ -122,7 +121,7 @@ async def test_what_a_later_program_announces_is_passed_over(start: Start, netwo
     await until(here(two))
 
 
-async def test_a_change_that_the_origin_could_not_explain_is_looked_at_again(start: Start, network: Network) -> None:  # noqa: F811
+async def test_a_change_that_the_origin_could_not_explain_is_looked_at_again(start: Start, network: Network) -> None:
     one, two = await pair(start)
     await one.store_bytes("m", "1", b"x")
     await until(here(two))
@@ -137,8 +136,8 @@ async def test_a_change_that_the_origin_could_not_explain_is_looked_at_again(sta
 
 
 async def test_a_version_that_was_purged_and_stored_anew_with_the_same_bytes_is_the_new_one(
-    start: Start,  # noqa: F811
-    network: Network,  # noqa: F811
+    start: Start,
+    network: Network,
 ) -> None:
     one, two = await pair(start)
     for version in ("1", "2"):
@@ -154,7 +153,7 @@ async def test_a_version_that_was_purged_and_stored_anew_with_the_same_bytes_is_
 
 
 async def test_pulls_that_fail_for_good_do_not_hold_up_what_else_changes(
-    start: Start,  # noqa: F811
+    start: Start,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(follower, "_PULLS_MOST", 2)
@@ -169,7 +168,7 @@ async def test_pulls_that_fail_for_good_do_not_hold_up_what_else_changes(
     await until(lambda: replication(two).puller.failing == 4)
 
 
-async def test_a_model_of_another_spelling_takes_the_place_of_one_that_is_gone(start: Start) -> None:  # noqa: F811
+async def test_a_model_of_another_spelling_takes_the_place_of_one_that_is_gone(start: Start) -> None:
     one, two = await pair(start)
     await one.store_bytes("Model", "1", b"a")
     await until(here(two, "Model"))
@@ -182,7 +181,7 @@ async def test_a_model_of_another_spelling_takes_the_place_of_one_that_is_gone(s
     assert two.registry.catalog.find("Model", "1") is None
 
 
-async def test_a_record_that_metadata_has_made_too_large_comes_in_two(start: Start) -> None:  # noqa: F811
+async def test_a_record_that_metadata_has_made_too_large_comes_in_two(start: Start) -> None:
     one, two = await pair(start)
     await two.close()
     data = base64.b64encode(b"x").decode()
@@ -199,7 +198,7 @@ async def test_a_record_that_metadata_has_made_too_large_comes_in_two(start: Sta
 
 
 async def test_a_cursor_that_cannot_be_recorded_stops_nothing(
-    start: Start,  # noqa: F811
+    start: Start,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(follower, "_RECORD_S", 0.0)
@@ -219,7 +218,7 @@ async def test_a_cursor_that_cannot_be_recorded_stops_nothing(
     two.check()
 
 
-async def level(network: Network, one: ReplicatingRack, two: ReplicatingRack) -> None:  # noqa: F811
+async def level(network: Network, one: ReplicatingRack, two: ReplicatingRack) -> None:
     """Until each has taken in what the other has. A cursor that one records moves its head, of which nobody is told."""
     while True:
         tell_heads(network, one, two)
@@ -233,7 +232,7 @@ def records(*racks: ReplicatingRack) -> tuple[int, ...]:
     return tuple(rack.registry.journal.stats().records for rack in racks)
 
 
-async def test_racks_at_rest_write_nothing(start: Start, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+async def test_racks_at_rest_write_nothing(start: Start, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follower, "_RECORD_S", 0.0)
     one, two = await pair(start)
     await one.store_bytes("m", "1", b"x")
@@ -251,8 +250,8 @@ async def test_racks_at_rest_write_nothing(start: Start, network: Network, monke
 
 
 async def test_a_rack_that_lost_registry_and_storage_is_compared_though_its_epoch_is_the_first_again(
-    start: Start,  # noqa: F811
-    network: Network,  # noqa: F811
+    start: Start,
+    network: Network,
     tmp_path: Any,
 ) -> None:
     one, two = await pair(start)
