@@ -16,8 +16,8 @@ from schemas.hints import Hint, head_hint
 from tests.rack import LocalRack
 from worker.announcer import Announcer
 from worker.client.client import ModelManagerClient
+from worker.replication.download import PullObserver
 from worker.replication.follower import Follower
-from worker.replication.puller import PullObserver
 from worker.replication.replication import Replication
 from worker.storage.memory import MemoryStore
 

@@ -18,7 +18,7 @@ from schemas.hints import HINT_TYPES
 from schemas.journal import RECORDS
 from schemas.routes import CONTENT, FILE, ROUTES, UPLOAD_FILE
 from worker.journal.observer import JournalObserver
-from worker.replication.puller import PullObserver
+from worker.replication.download import PullObserver
 from worker.storage.blobstore import StoreObserver
 from worker.upkeep.archive import ArchiveObserver
 from worker.upkeep.scrub import ScrubObserver

@@ -8,9 +8,8 @@ copy should be here.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from worker.journal import Entry, JournalDamaged
 from worker.pins import Pins, pinned
 from worker.policy import Policy
 from worker.registry import Registry
+from worker.replication.download import Download, PullObserver
 from worker.replication.mirror import Mirror
 from worker.replication.peers import Given, Gone, Peers, Told, ask, locate
 from worker.replication.schedule import Schedule, Trial
@@ -33,21 +33,10 @@ from worker.storage.blobstore import BlobInfo, BlobMissing, BlobStore
 
 _log = structlog.get_logger()
 
-_BROKEN_MOST = 5  # times in a row that a transfer breaks without a byte in between
 _LOOK_AGAIN_S = 10.0
 _RECORDED_BYTES = 1024 * 1024  # a smaller file is sooner brought again than recorded
 
 Refuse = Callable[[str, Sequence[StoredFile]], Awaitable[None]]
-
-
-class PullObserver:
-    """What pulling tells for metrics. Does nothing; override what is of interest."""
-
-    def pulled(self, rack: str, error: str | None) -> None:
-        """A pull ended, or one try of it failed with a code; `rack` is the origin."""
-
-    def received(self, rack: str, count: int) -> None:
-        """Bytes came from a rack."""
 
 
 class Puller:
@@ -300,7 +289,7 @@ class Puller:
                     trial.received[file.sha256] = file.size
             if key is None:
                 key = pins.new(self._store.new_key())
-                download = _Download(self._peers, rack, told, file, trial, self._observe)
+                download = Download(self._peers, rack, told, file, trial, self._observe)
                 try:
                     async with aclosing(download.chunks()) as chunks:
                         await self._store.put(
@@ -362,51 +351,3 @@ def _ours() -> Iterator[None]:
         yield
     except ModelManagerError as error:
         raise _Ours(error) from None
-
-
-class _Download:
-    """The bytes of one file from one rack, as one stream, whatever connections break."""
-
-    def __init__(self, peers: Peers, rack: str, told: Told, file: Given, trial: Trial, observe: PullObserver) -> None:
-        self._peers = peers
-        self._rack = rack
-        self._told = told
-        self._file = file
-        self._trial = trial
-        self._observe = observe
-        self.failure: ModelManagerError | None = None
-
-    async def chunks(self) -> AsyncGenerator[bytes]:
-        """From the first byte to the last. Each connection goes on where the one before it broke, at a new address."""
-        try:
-            async for chunk in self._chunks():
-                yield chunk
-        except ModelManagerError as error:
-            self.failure = error
-            raise
-
-    async def _chunks(self) -> AsyncGenerator[bytes]:
-        offset, broken, url = 0, 0, self._file.url
-        self._trial.received[self._file.sha256] = 0
-        while offset < self._file.size:
-            try:
-                async with aclosing(self._peers.read(url, offset)) as chunks:
-                    async for chunk in chunks:
-                        offset, broken = offset + len(chunk), 0
-                        self._trial.received[self._file.sha256] = offset
-                        self._observe.received(self._rack, len(chunk))
-                        yield chunk
-                if offset < self._file.size:
-                    raise ModelManagerError("ERR_STORAGE_UNAVAILABLE", "The transfer ended too early.")
-            except ModelManagerError as error:
-                broken += 1
-                if not error.retryable or broken >= _BROKEN_MOST:
-                    raise
-                await asyncio.sleep(random.uniform(0, 0.1 * 2**broken))
-                url = await self._new_url()
-
-    async def _new_url(self) -> str:
-        for file in await locate(self._peers, self._rack, self._told):
-            if (file.path, file.checksum) == (self._file.path, self._file.checksum):
-                return file.url
-        raise ModelManagerError("ERR_CHECKSUM_MISMATCH", f"{self._rack} has other bytes under that name by now.")

@@ -24,10 +24,11 @@ from worker.catalog.table import DISPUTED
 from worker.journal import Entry
 from worker.policy import Policy
 from worker.registry import Registry
+from worker.replication.download import PullObserver
 from worker.replication.follower import Follower
 from worker.replication.mirror import Mirror
 from worker.replication.peers import Peers
-from worker.replication.puller import Puller, PullObserver, Refuse
+from worker.replication.puller import Puller, Refuse
 from worker.storage.blobstore import BlobStore
 
 _log = structlog.get_logger()
