@@ -120,14 +120,16 @@ async def test_a_rack_refuses_what_it_would_refuse_to_store(
     one = await start("rack-1", peers=("rack-2",), replication_factor=2, allow_pickle=True)
     two = await start("rack-2", peers=("rack-1",), max_model_size=1000, formats=frozenset({"custom", "pytorch"}))
     refused = {"large": "ERR_MODEL_TOO_LARGE", "foreign": "ERR_UNSUPPORTED_FORMAT", "unsafe": "ERR_UNSAFE_MODEL"}
+    refused["m"] = refused["large"]
     await one.store_bytes("large", "1", bytes(1001))
+    await store_parts(one, bytes(600), bytes(500))  # as "m"
     await one.store_bytes("foreign", "1", b"x", type="tensorflow")
-    await until(lambda: replication(two).puller.failing == 2)
+    await until(lambda: replication(two).puller.failing == 3)
     assert network.fetched == [], "what it does not take is not brought"
     await one.store_bytes("unsafe", "1", pickle.dumps(object), type="pytorch")
     await one.store_bytes("fine", "1", b"x")
     await until(here(two, "fine", "1"))
-    await until(lambda: replication(two).puller.failing == 3)
+    await until(lambda: replication(two).puller.failing == 4)
     assert {model: replication(two).puller.state_of(model, "1")["error"]["code"] for model in refused} == refused
     await two.clean_up.round()
     assert len(two.store.blobs) == 1, "nor kept"  # type: ignore[attr-defined]
