@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.records import store_record
-from tests.registry_view import view, view_after_boot
+from tests.registry_view import compact_here, view, view_after_boot
+from worker.catalog import snapshot
 from worker.catalog.extracts import Extract
 from worker.journal import Help, JournalDamaged, helpers, portions
 from worker.registry import CatalogReplay, Change, Registry
@@ -89,6 +90,47 @@ async def test_a_helped_boot_knows_what_one_without_help_knows(folder: Path, mon
     monkeypatch.setattr(helpers, "_Helper", Ready)
     assert await view_after_boot(folder) == alone
     assert Ready.asks > 20
+
+
+@pytest.mark.parametrize("index", ["gone", "of another program", "damaged"])
+@pytest.mark.usefixtures("helped")
+async def test_a_base_that_has_no_use_of_its_index_is_helped(
+    folder: Path, index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(folder)
+    registry.open()
+    registry.start()
+    await compact_here(registry)
+    await registry.close()
+    alone = await view_after_boot(folder)
+    (path,) = folder.glob("base-*.idx")
+    if index == "gone":
+        path.unlink()
+    elif index == "damaged":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        monkeypatch.setattr(snapshot, "VERSION", snapshot.VERSION + 1)
+    before = Ready.asks
+    assert await view_after_boot(folder) == alone
+    assert Ready.asks > before + 5
+
+
+def test_what_is_no_line_is_not_read_chunk_by_chunk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would be read to its end."""
+    active = max(folder.glob("seg-*.jsonl"))
+    size = active.stat().st_size
+    with active.open("ab") as file:
+        file.write(bytes(200 * portions._CHUNK_BYTES))
+    read = []
+    extracted = helpers.extracted
+
+    def noted(stream: Any, chunk: Any, *rest: Any) -> Any:
+        read.append(chunk)
+        return extracted(stream, chunk, *rest)
+
+    monkeypatch.setattr(helpers, "extracted", noted)
+    asyncio.run(view_after_boot(folder))
+    assert [chunk for chunk in read if chunk.name == active.name and chunk.start > size] == []
 
 
 async def test_a_small_boot_is_not_helped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,10 +212,10 @@ class _Boot:
         self._last_op = ""
 
     def _chunks(self) -> list[Chunk]:
-        """All that is likely to be read."""
+        """All that will be read; a base may be loaded from its index instead."""
         chunks: list[Chunk] = []
         for file in self._manifest.sealed:
-            if not is_base(file.name) or index_name(file.name) not in self._names:
+            if not is_base(file.name):
                 chunks += chunks_of(file.name, file.size, checked=False)
         if self._manifest.active in self._names:
             with self._files.reader(self._folder / self._manifest.active) as stream:
@@ -282,9 +282,7 @@ class _Boot:
             segment.size = file.size
             self._segments.append(segment)
         else:
-            chunks = chunks_of(file.name, file.size, checked=False)
-            if index is not None:  # of another program, so that its chunks were not expected
-                self._extraction.expect(chunks)
+            self._extraction.expect(chunks_of(file.name, file.size, checked=False))
             self._fold_sealed(file, segment)
         self._place = replaces
 
